@@ -1,0 +1,286 @@
+"""Pictures in: every colour mode becomes the right RGB, every bad source its own error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmlm_efficient.errors import MediaError
+from mmlm_efficient.media import ImageLimits, load_image, load_images
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A valid PNG that claims a size and has no pixels to speak of."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+# What is read
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_keep_every_pixel(form: str) -> None:
+    loaded = load_image(encoded(noise(), form))
+    assert loaded.mode == "RGB"
+    assert np.array_equal(np.asarray(loaded), np.asarray(noise()))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "GIF"])
+def test_lossy_formats_are_read(form: str) -> None:
+    assert load_image(encoded(noise(), form)).size == (40, 30)
+
+
+def test_path_string_pathlib_bytes_pil_and_array_agree(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(noise()))
+    expected = np.asarray(noise())
+    for source in (str(path), path, path.read_bytes(), noise(), expected):
+        assert np.array_equal(np.asarray(load_image(source)), expected)
+
+
+def test_result_shares_no_memory_with_a_pil_source() -> None:
+    source = noise()
+    load_image(source).putpixel((0, 0), (1, 2, 3))
+    assert source.getpixel((0, 0)) == noise().getpixel((0, 0))
+
+
+def test_grey_and_one_bit() -> None:
+    grey = Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint8))
+    assert np.asarray(load_image(encoded(grey)))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    assert np.asarray(load_image(encoded(grey.convert("1")))).max() == 255
+
+
+def test_palette() -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putdata([0, 1])
+    assert np.asarray(load_image(encoded(picture)))[0].tolist() == [[10, 20, 30], [200, 100, 50]]
+
+
+def test_palette_with_a_transparent_entry_shows_white_there() -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putdata([0, 1])
+    loaded = load_image(encoded(picture, transparency=0))
+    assert np.asarray(loaded)[0].tolist() == [[255, 255, 255], [200, 100, 50]]
+
+
+def test_alpha_is_laid_on_white() -> None:
+    picture = Image.new("RGBA", (3, 1))
+    picture.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
+    pixels = np.asarray(load_image(encoded(picture)))[0].tolist()
+    assert pixels[:2] == [[255, 0, 0], [255, 255, 255]]
+    assert all(abs(value - 127) <= 1 for value in pixels[2])
+
+
+def test_grey_with_alpha() -> None:
+    picture = Image.new("LA", (2, 1))
+    picture.putdata([(50, 255), (50, 0)])
+    assert np.asarray(load_image(encoded(picture)))[0].tolist() == [[50] * 3, [255] * 3]
+
+
+def test_rgb_with_a_transparent_colour() -> None:
+    picture = Image.new("RGB", (2, 1))
+    picture.putdata([(1, 2, 3), (9, 9, 9)])
+    loaded = load_image(encoded(picture, transparency=(1, 2, 3)))
+    assert np.asarray(loaded)[0].tolist() == [[255] * 3, [9] * 3]
+
+
+def test_cmyk_jpeg() -> None:
+    picture = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
+    red, green, blue = load_image(encoded(picture, "JPEG", quality=100)).getpixel((4, 4))
+    assert red > 240
+    assert green < 15
+    assert blue < 15
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(form: str) -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    loaded = load_image(encoded(Image.fromarray(values), form))
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_float_tiff_between_0_and_1() -> None:
+    picture = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    assert np.asarray(load_image(encoded(picture, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_camera_orientation_is_applied() -> None:
+    picture = noise(size=(40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: the camera was held upright
+    loaded = load_image(encoded(picture, exif=exif))
+    assert loaded.size == (20, 40)
+    expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(np.asarray(loaded), expected)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(form: str) -> None:
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    data = encoded(red, form, save_all=True, append_images=[blue])
+    assert load_image(data).getpixel((4, 4))[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.full((2, 3), 7, np.uint8), 7),
+        (np.full((2, 3, 1), 7, np.uint8), 7),
+        (np.full((2, 3, 3), 7, np.uint8), 7),
+        (np.full((2, 3), 65535, np.uint16), 255),
+        (np.full((2, 3, 3), 65535, np.uint16), 255),
+        (np.full((2, 3, 3), 0.5, np.float32), 128),
+        (np.full((2, 3), 1.0, np.float64), 255),
+        (np.ones((2, 3), np.bool_), 255),
+        (np.full((2, 3, 4), [9, 9, 9, 0], np.uint8), 255),
+    ],
+)
+def test_arrays(array: np.ndarray, expected: int) -> None:
+    loaded = load_image(array)
+    assert loaded.size == (3, 2)
+    assert np.all(np.asarray(loaded) == expected)
+
+
+def test_load_images_takes_none_one_or_many() -> None:
+    assert load_images(None) == []
+    assert len(load_images(noise())) == 1
+    assert len(load_images([noise(), encoded(noise())])) == 2
+
+
+# What is refused
+
+
+def refuse(source: object, *parts: str, limits: ImageLimits = ImageLimits()) -> None:  # noqa: B008
+    with pytest.raises(MediaError) as caught:
+        load_image(source, limits)  # type: ignore[arg-type]
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    refuse(tmp_path / "cat.png", "cat.png", "no such file", "exists")
+    refuse(tmp_path / "nowhere" / "cat.png", "nowhere does not exist")
+
+
+def test_folder(tmp_path: Path) -> None:
+    refuse(tmp_path, str(tmp_path), "is a folder")
+
+
+def test_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refuse(tmp_path / "pipe", "not a regular file")
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    refuse(tmp_path / "empty.png", "empty.png", "0 bytes")
+    refuse(b"", "0 bytes")
+
+
+def test_text_is_not_an_image(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("hello, this is not a picture at all")
+    refuse(tmp_path / "notes.png", "notes.png", "not a picture", "PNG", "JPEG")
+
+
+def test_formats_with_an_interpreter_behind_them_are_not_opened() -> None:
+    refuse(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_truncated_image(form: str, share: float) -> None:
+    data = encoded(noise(size=(160, 120)), form)
+    with pytest.raises(MediaError, match=r"truncated or damaged|header is damaged"):
+        load_image(data[: int(len(data) * share)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_bytes_never_escape_as_another_error() -> None:
+    rng = np.random.default_rng(1)
+    for form in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
+        clean = np.frombuffer(encoded(noise(), form), np.uint8)
+        for _ in range(40):
+            data = clean.copy()
+            data[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
+            with contextlib.suppress(MediaError):
+                assert load_image(data.tobytes()).mode == "RGB"
+
+
+def test_zero_pixels() -> None:
+    refuse(Image.new("RGB", (0, 5)), "no pixels", "0 x 5")
+    refuse(np.zeros((0, 4, 3), np.uint8), "no pixels", "4 x 0")
+    refuse(png_header(0, 10))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bomb_is_refused_from_its_header() -> None:
+    data = png_header(50_000, 50_000)
+    assert len(data) < 100
+    refuse(data, "2,500,000,000 pixels", "64,000,000")
+    refuse(png_header(12_000, 12_000), "144,000,000 pixels", "64,000,000")
+    refuse(png_header(9_000, 9_000), "9000 x 9000", "81,000,000", "64,000,000")
+
+
+def test_limits_can_be_set() -> None:
+    refuse(noise(), "1,200 pixels", "at most 1,000", limits=ImageLimits(max_pixels=1000))
+    data = encoded(noise())
+    refuse(data, f"{len(data):,} bytes", "at most 100", limits=ImageLimits(max_file_bytes=100))
+
+
+def test_thin_picture_that_a_resize_would_blow_up() -> None:
+    refuse(Image.new("RGB", (1, 500)), "1 x 500", "200 times")
+
+
+def test_web_address() -> None:
+    refuse("https://example.org/cat.png", "https://example.org/cat.png", "not fetched", "path")
+
+
+def test_bad_arrays() -> None:
+    refuse(np.zeros((3, 20, 20), np.uint8), "[3, 20, 20]", "transpose")
+    refuse(np.zeros(5, np.uint8), "[5]", "shape")
+    refuse(np.zeros((4, 4), np.int64), "int64", "uint8")
+    refuse(np.full((4, 4), 200.0), "200", "between 0 and 1")
+    refuse(np.full((4, 4), -0.5), "-0.5", "between 0 and 1")
+    refuse(np.full((4, 4), np.nan), "nan", "between 0 and 1")
+
+
+def test_other_types() -> None:
+    refuse(42, "int", "path", "numpy array")
+    refuse("bad\0name.png", "cannot be read")
+
+
+def test_32_bit_integers_out_of_range() -> None:
+    picture = Image.fromarray(np.array([[0, 70_000]], dtype=np.int32))
+    refuse(picture, "70000", "65535")
+
+
+def test_error_says_which_of_several_images() -> None:
+    with pytest.raises(MediaError, match=r"image 2 of 3: .*0 bytes"):
+        load_images([noise(), b"", noise()])
