@@ -1,0 +1,34 @@
+"""Which request is active at a station in the current thread (or asyncio task).
+
+State belongs to a request, never to a module of the model: hooks stay registered for the life of a
+station and ask here for the request of their own thread. So concurrent requests on one model never
+see each other, and no hook is added or removed while another thread runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_ACTIVE: ContextVar[tuple[tuple[object, object], ...]] = ContextVar(
+    "mmlm_efficient_active_requests", default=()
+)
+
+
+def active_request(station: object) -> object | None:
+    """The innermost request that is active at a station in this thread, or None."""
+    for owner, request in reversed(_ACTIVE.get()):
+        if owner is station:
+            return request
+    return None
+
+
+@contextmanager
+def activate(station: object, request: object) -> Iterator[None]:
+    """Make a request active at a station inside the ``with`` block, in this thread only."""
+    token = _ACTIVE.set((*_ACTIVE.get(), (station, request)))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)

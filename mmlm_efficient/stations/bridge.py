@@ -1,0 +1,242 @@
+"""Station 2: the bridge from visual tokens to the prompt.
+
+The processor writes one placeholder per stock visual token. This file finds each image's block of
+placeholders, checks them against the images, and rebuilds the prompt around the tokens that are
+kept. Its :class:`PromptLayout` also serves the layer station, which cuts hidden states by the
+same rule. Nothing here hooks into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmlm_efficient.errors import PromptError
+
+PaddingSide = Literal["left", "right"]
+# What fills the padding of per-token inputs; everything not listed is filled with 0.
+_FILL = {"labels": -100}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The visual tokens of one image: columns start..stop-1 of its prompt."""
+
+    image: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Where things are in a padded batch of prompts, before or after cuts. All on the CPU.
+
+    Attributes:
+        mask: bool [B, S], False on padding.
+        blocks: for each sample, its image blocks from left to right.
+        padding_side: side on which shorter samples are padded.
+        origin: int64 [B, S], column of the uncut prompt that each column came from.
+        shift: int64 [B, S], tokens cut before each column in its own sample.
+        removed: int64 [B], tokens cut from each sample.
+        width: columns of the uncut batch.
+    """
+
+    mask: Tensor
+    blocks: tuple[tuple[Block, ...], ...]
+    padding_side: PaddingSide
+    origin: Tensor
+    shift: Tensor
+    removed: Tensor
+    width: int
+
+    @classmethod
+    def of(
+        cls, mask: Tensor, blocks: Sequence[Sequence[Block]], padding_side: PaddingSide
+    ) -> PromptLayout:
+        """The layout of an uncut batch; mask [B, S] may be of any dtype and device."""
+        mask = mask.detach().to("cpu") != 0
+        n_samples, length = mask.shape
+        return cls(
+            mask=mask,
+            blocks=tuple(tuple(sample) for sample in blocks),
+            padding_side=padding_side,
+            origin=torch.arange(length).repeat(n_samples, 1),
+            shift=torch.zeros(n_samples, length, dtype=torch.long),
+            removed=torch.zeros(n_samples, dtype=torch.long),
+            width=length,
+        )
+
+    def cut(self, keep: Mapping[int, Tensor]) -> tuple[PromptLayout, Tensor]:
+        """Keep some tokens of some images and pad again.
+
+        Args:
+            keep: for each image to cut, ascending int64 positions inside its block.
+
+        Returns:
+            The new layout and source [B, S'], the column of this layout that each new column is
+            gathered from (any column for padding, which the new mask hides).
+        """
+        kept_columns, blocks = [], []
+        for row, sample in zip(self.mask, self.blocks, strict=True):
+            stays = row.clone()
+            for block in sample:
+                if block.image in keep:
+                    inside = torch.zeros(len(block), dtype=torch.bool)
+                    inside[keep[block.image].to("cpu")] = True
+                    stays[block.start : block.stop] &= inside
+            kept_columns.append(stays.nonzero().squeeze(1))
+            blocks.append([(block, int(stays[block.start : block.stop].sum())) for block in sample])
+        length = max(int(columns.shape[0]) for columns in kept_columns)
+        source = torch.zeros(len(kept_columns), length, dtype=torch.long)
+        mask = torch.zeros(len(kept_columns), length, dtype=torch.bool)
+        cut_before = torch.zeros_like(source)
+        new_blocks = []
+        for index, columns in enumerate(kept_columns):
+            n_kept = int(columns.shape[0])
+            first = length - n_kept if self.padding_side == "left" else 0
+            source[index, first : first + n_kept] = columns
+            mask[index, first : first + n_kept] = True
+            rank = self.mask[index].long().cumsum(0) - 1
+            cut_before[index, first : first + n_kept] = rank[columns] - torch.arange(n_kept)
+            new_blocks.append(_moved(blocks[index], columns, first))
+        layout = PromptLayout(
+            mask=mask,
+            blocks=tuple(new_blocks),
+            padding_side=self.padding_side,
+            origin=self.origin.gather(1, source),
+            shift=self.shift.gather(1, source) + cut_before,
+            removed=self.removed + self.mask.sum(1) - mask.sum(1),
+            width=self.width,
+        )
+        return layout, source
+
+    def extended(self, n_new: int) -> PromptLayout:
+        """The layout after n_new generated tokens, appended at the right of every sample."""
+        if n_new == 0:
+            return self
+        n_samples = self.mask.shape[0]
+        new_columns = torch.arange(self.width, self.width + n_new).expand(n_samples, -1)
+        return PromptLayout(
+            mask=torch.cat([self.mask, self.mask.new_ones(n_samples, n_new)], dim=1),
+            blocks=self.blocks,
+            padding_side=self.padding_side,
+            origin=torch.cat([self.origin, new_columns], dim=1),
+            shift=torch.cat([self.shift, self.removed.unsqueeze(1).expand(-1, n_new)], dim=1),
+            removed=self.removed,
+            width=self.width + n_new,
+        )
+
+
+def _moved(blocks: Sequence[tuple[Block, int]], columns: Tensor, first: int) -> tuple[Block, ...]:
+    """Blocks with their new sizes at their places among the kept columns."""
+    moved = []
+    for block, size in blocks:
+        start = first + int((columns < block.start).sum())
+        moved.append(Block(block.image, start, start + size))
+    return tuple(moved)
+
+
+def find_blocks(
+    input_ids: Tensor, placeholder_id: int, tokens_per_image: int, n_images: int
+) -> tuple[tuple[Block, ...], ...]:
+    """Find the image blocks of a batch of prompts and check them against the images.
+
+    Args:
+        input_ids: int64 [B, S] with one placeholder per stock visual token.
+        placeholder_id: token id of the placeholder.
+        tokens_per_image: placeholders of one image.
+        n_images: images of the batch, in prompt order.
+
+    Raises:
+        PromptError: a run of placeholders is no whole number of images, or the prompts hold
+            another number of images than was given.
+    """
+    samples: list[tuple[Block, ...]] = []
+    image = 0
+    for row, ids in enumerate(input_ids.tolist()):
+        blocks: list[Block] = []
+        column = 0
+        while column < len(ids):
+            if ids[column] != placeholder_id:
+                column += 1
+                continue
+            stop = column
+            while stop < len(ids) and ids[stop] == placeholder_id:
+                stop += 1
+            whole, rest = divmod(stop - column, tokens_per_image)
+            if rest:
+                raise PromptError(
+                    f"image {image + whole} (prompt {row}, token {column}): expected "
+                    f"{tokens_per_image} placeholders per image, got a run of {stop - column}. "
+                    "Write one image token per image, let the processor expand it, and do not "
+                    "truncate the prompt inside an image."
+                )
+            for _ in range(whole):
+                blocks.append(Block(image, column, column + tokens_per_image))
+                column += tokens_per_image
+                image += 1
+        samples.append(tuple(blocks))
+    if image != n_images:
+        first_wrong = min(image, n_images)
+        raise PromptError(
+            f"the prompts hold {image} image(s), but {n_images} image(s) were given: image "
+            f"{first_wrong} has no counterpart. Give one image per image token, in the order "
+            "of the prompts."
+        )
+    return tuple(samples)
+
+
+def prompt_positions(mask: Tensor) -> Tensor:
+    """Position ids [B, S] counted over real tokens, as ``generate()`` counts them."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def shortened(
+    inputs: Mapping[str, Tensor],
+    layout: PromptLayout,
+    source: Tensor,
+    *,
+    pad_token_id: int,
+    original_positions: bool,
+) -> dict[str, Tensor]:
+    """Per-token model inputs for a cut prompt.
+
+    Args:
+        inputs: processor output; every tensor of the shape of its input_ids is cut alike.
+        layout, source: result of :meth:`PromptLayout.cut`.
+        pad_token_id: id written on padding.
+        original_positions: also give position_ids, each token keeping its position in the uncut
+            prompt. ``generate()`` continues them from the last one, the uncut prompt's end.
+
+    Returns:
+        The inputs [B, S'], with the attention mask always present.
+    """
+    input_ids = inputs["input_ids"]
+    device = input_ids.device
+    mask, source = layout.mask.to(device), source.to(device)
+    fill = {"input_ids": pad_token_id, **_FILL}
+    result: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == input_ids.shape:
+            result[name] = value.gather(1, source).masked_fill(~mask, fill.get(name, 0))
+        else:
+            result[name] = value
+    dtype = inputs["attention_mask"].dtype if "attention_mask" in inputs else torch.long
+    result["attention_mask"] = mask.to(dtype)
+    if original_positions:
+        before = prompt_positions(_mask_of(inputs))
+        result["position_ids"] = before.gather(1, source).masked_fill(~mask, 0)
+    return result
+
+
+def _mask_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The attention mask of the inputs; all ones when there is none."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
