@@ -1,0 +1,79 @@
+"""Makes LLaVA-style multimodal models of transformers cheaper, without forking their code.
+
+>>> from mmlm_efficient import FlowCut, load
+>>> lmm = load("pocket", methods=[FlowCut(keep_tokens=36)])  # doctest: +SKIP
+>>> lmm.ask("Where is the cat?", image="scene.png").text  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmlm_efficient.answers import Answer as Answer
+    from mmlm_efficient.answers import Usage as Usage
+    from mmlm_efficient.errors import MediaError as MediaError
+    from mmlm_efficient.errors import MissingExtraError as MissingExtraError
+    from mmlm_efficient.errors import MMLMError as MMLMError
+    from mmlm_efficient.errors import ModelLoadError as ModelLoadError
+    from mmlm_efficient.errors import PromptError as PromptError
+    from mmlm_efficient.errors import SettingsError as SettingsError
+    from mmlm_efficient.errors import UnsupportedError as UnsupportedError
+    from mmlm_efficient.loading import load as load
+    from mmlm_efficient.media import ImageLimits as ImageLimits
+    from mmlm_efficient.media import load_image as load_image
+    from mmlm_efficient.model import EfficientLMM as EfficientLMM
+    from mmlm_efficient.pruning.flowcut import FlowCut as FlowCut
+    from mmlm_efficient.pruning.keep_mask import KeepMask as KeepMask
+    from mmlm_efficient.pruning.no_pruning import NoPruning as NoPruning
+    from mmlm_efficient.pruning.random_pruning import RandomPruning as RandomPruning
+    from mmlm_efficient.pruning.uniform_pruning import UniformPruning as UniformPruning
+    from mmlm_efficient.settings import Config as Config
+    from mmlm_efficient.settings import load_config as load_config
+    from mmlm_efficient.tokens import ImageReport as ImageReport
+    from mmlm_efficient.tokens import PruningReport as PruningReport
+
+# Where each public name lives. Read on first use: `mmlm --help` must not wait for torch.
+_HOMES = {
+    "Answer": "answers",
+    "Config": "settings",
+    "EfficientLMM": "model",
+    "FlowCut": "pruning.flowcut",
+    "ImageLimits": "media",
+    "ImageReport": "tokens",
+    "KeepMask": "pruning.keep_mask",
+    "MMLMError": "errors",
+    "MediaError": "errors",
+    "MissingExtraError": "errors",
+    "ModelLoadError": "errors",
+    "NoPruning": "pruning.no_pruning",
+    "PromptError": "errors",
+    "PruningReport": "tokens",
+    "RandomPruning": "pruning.random_pruning",
+    "SettingsError": "errors",
+    "UniformPruning": "pruning.uniform_pruning",
+    "UnsupportedError": "errors",
+    "Usage": "answers",
+    "load": "loading",
+    "load_config": "settings",
+    "load_image": "media",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+try:
+    __version__ = version("mmlm-efficient")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmlm_efficient' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mmlm_efficient.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,51 @@
+"""Clocks around the phases of a request."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+
+class Stopwatch:
+    """Reads the clock once a device has finished its queue.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        """The clock, in seconds; only differences mean something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Watch(StoppingCriteria):
+    """Looks on while tokens are generated: notes when the first one came, and can call a halt.
+
+    As a stopping criterion it sees every step of generate() and changes none of its numbers.
+
+    Attributes:
+        first_token_s: clock when the first new token was there, seconds; None before.
+        cancelled: set it to stop after the current step.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+        self.first_token_s: float | None = None
+        self.cancelled = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Bool [batch]: all True once cancelled."""
+        if self.first_token_s is None:
+            self.first_token_s = self.stopwatch.now()
+        return torch.full(
+            (input_ids.shape[0],), self.cancelled, dtype=torch.bool, device=input_ids.device
+        )

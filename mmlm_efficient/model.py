@@ -1,0 +1,403 @@
+"""One request, from media and words to an answer, readable from top to bottom.
+
+`EfficientLMM` wraps a model of transformers and its processor and changes neither. A request goes
+through five steps: pictures are loaded (`media`), the processor writes the prompt, the tower runs
+and methods prune (`prepare`), transformers generates, and the new tokens are decoded and counted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from mmlm_efficient.answers import Answer, Run, kv_bytes
+from mmlm_efficient.clock import Stopwatch, Watch
+from mmlm_efficient.errors import PromptError, SettingsError
+from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
+from mmlm_efficient.prompts import Images, preprocess
+from mmlm_efficient.pruning.base import Method
+from mmlm_efficient.sampling import seeded
+from mmlm_efficient.settings import MethodLike, as_methods, check_generation, generation_names
+from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.streaming import AnswerStream
+
+Methods: TypeAlias = "MethodLike | Sequence[MethodLike] | None"
+
+# Arguments of generate() whose results do not fit into one Answer.
+_NOT_FOR_ANSWERS = {
+    "max_length": "Use max_new_tokens, which does not depend on the prompt.",
+    "num_return_sequences": "An answer is one text; use generate().",
+    "return_dict_in_generate": "The answer holds the result already; use generate() for tensors.",
+    "streamer": "Use stream(), or generate() with a streamer of your own.",
+}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Everything that is decided before the model runs."""
+
+    inputs: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    generation: Mapping[str, Any]
+    max_new_tokens: int
+    seed: int | None
+    stopwatch: Stopwatch
+    preprocess_s: float
+
+
+class EfficientLMM:
+    """A multimodal model that prunes visual tokens on the way, and says what it did.
+
+    Args:
+        model: a model of transformers that belongs to a supported family; it stays usable beside.
+        processor: its processor, with a chat template for `ask`.
+        methods: what every request goes through unless it says otherwise: method objects, or
+            their short forms such as "flowcut:64".
+        name: how messages call the model.
+
+    Raises:
+        UnsupportedError: the family of the model, or a method on it, is not supported.
+        SettingsError: the methods cannot work together.
+
+    Example:
+        >>> lmm = EfficientLMM(model, processor, "flowcut:64")  # doctest: +SKIP
+        >>> lmm.ask("Where is the cat?", image="scene.png").text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        methods: Methods = (),
+        name: str | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name or type(model).__name__
+        self._parts = LMMParts(model)
+        try:
+            self._methods = self._checked(methods)
+        except Exception:
+            self._parts.close()
+            raise
+
+    # Methods
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that a request goes through when it names none itself."""
+        override = active_request(self)
+        return self._methods if override is None else cast("tuple[Method, ...]", override)
+
+    @contextmanager
+    def using(self, *methods: MethodLike) -> Iterator[EfficientLMM]:
+        """Other methods for a while, in this thread (or asyncio task) only.
+
+        Args:
+            methods: method objects or short forms; none at all means the stock model.
+
+        Example:
+            >>> with lmm.using(FlowCut(keep_tokens=32)):  # doctest: +SKIP
+            ...     lmm.ask("Where is the cat?", image="scene.png")
+        """
+        with activate(self, self._checked(methods)):
+            yield self
+
+    def _checked(self, methods: Methods) -> tuple[Method, ...]:
+        """Methods as objects, refused when they clash or do not know the family."""
+        if methods is None:
+            return self.methods
+        chosen = as_methods(methods)
+        check_methods(chosen)
+        check_family(chosen, self._parts.family)
+        return chosen
+
+    # Questions and answers
+
+    def ask(
+        self,
+        question: str,
+        image: Images = None,
+        methods: Methods = None,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """Answer one question about no, one or several images.
+
+        Args:
+            question: in words. The images come before it, in order; to place them elsewhere,
+                write the model's image token (such as "<image>") once per image.
+            image: path, encoded bytes, PIL image, array, or a list of those; see `load_image`.
+            methods: instead of the model's own; () for the stock model.
+            max_new_tokens: upper limit of the answer, tokens; the context may end it earlier.
+            seed: makes sampling reproducible without touching torch's global random state.
+            generation: passed on to transformers' generate(), such as do_sample or temperature.
+
+        Raises:
+            PromptError: empty question, placeholders that do not match the images, or a prompt
+                longer than the context.
+            MediaError: an image that cannot be read.
+            SettingsError: unknown argument or method.
+        """
+        return self.ask_batch([(question, image)], methods, max_new_tokens, seed, **generation)[0]
+
+    def ask_batch(
+        self,
+        requests: Sequence[tuple[str, Images]],
+        methods: Methods = None,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        **generation: Any,
+    ) -> list[Answer]:
+        """Answer several questions in one batch; each answer is what `ask` gives alone.
+
+        Args:
+            requests: pairs of question and images.
+            methods, max_new_tokens, seed, generation: as in `ask`, for all of them.
+        """
+        if not requests:
+            return []
+        request = self._request(requests, methods, max_new_tokens, seed, generation)
+        return self._answer(request, Watch(request.stopwatch))
+
+    def stream(
+        self,
+        question: str,
+        image: Images = None,
+        methods: Methods = None,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        **generation: Any,
+    ) -> AnswerStream:
+        """Answer like `ask`, piece by piece as the text is generated.
+
+        Bad input raises here; what goes wrong while generating raises from the iteration.
+
+        Returns:
+            An iterator of pieces of text. Closing it stops the generation; `.answer` is the
+            complete answer afterwards.
+
+        Example:
+            >>> for piece in lmm.stream("Describe it.", image="scene.png"):  # doctest: +SKIP
+            ...     print(piece, end="")
+        """
+        if generation.get("num_beams", 1) != 1:
+            raise SettingsError(
+                "num_beams: beams are known only at the end and cannot be streamed. Use ask()."
+            )
+        request = self._request([(question, image)], methods, max_new_tokens, seed, generation)
+
+        def work(watch: Watch, streamer: Any) -> Answer:
+            return self._answer(request, watch, streamer=streamer)[0]
+
+        return AnswerStream(work, Watch(request.stopwatch), self.processor.tokenizer)
+
+    # The signatures of transformers
+
+    def generate(self, *, methods: Methods = None, seed: int | None = None, **inputs: Any) -> Any:
+        """transformers' own generate(), with pruning.
+
+        Args:
+            methods: instead of the model's own; () for the stock model.
+            seed: makes sampling reproducible without touching torch's global random state.
+            inputs: the processor's output (input_ids [B, S] with one placeholder per unpruned
+                visual token, attention_mask, pixel_values) and any argument of generate().
+
+        Returns:
+            What transformers returns: int64 [B, S + new] or, with return_dict_in_generate, an
+            output object whose `sequences` are that. The first S columns are the caller's own
+            input_ids, not the shortened ones, so slicing by their length gives the new tokens.
+
+        Raises:
+            PromptError: placeholders do not match the images, or the prompt exceeds the context.
+            SettingsError: unknown argument or method.
+        """
+        names = generation_names()
+        generation = {name: value for name, value in inputs.items() if name in names}
+        model_inputs = {name: value for name, value in inputs.items() if name not in names}
+        check_generation(model_inputs, also=self._forward_arguments())
+        own_ids = _input_ids(model_inputs)
+        _count_from_own_prompt(generation, own_ids.shape[1])
+        with torch.no_grad():
+            prepared = self._prepare(model_inputs, methods)
+            with prepared.active(), seeded(seed, self.model.device):
+                output = self.model.generate(**prepared.model_inputs, **generation)
+        shortened = prepared.layout.mask.shape[1]
+        if isinstance(output, Tensor):
+            return _behind(own_ids, output[:, shortened:])
+        output.sequences = _behind(own_ids, output.sequences[:, shortened:])
+        return output
+
+    def forward(self, *, methods: Methods = None, **inputs: Any) -> Any:
+        """One forward pass of the model over a prompt, with pruning.
+
+        Args:
+            methods: instead of the model's own; () for the stock model.
+            inputs: as the model's forward() takes them; labels are shortened like the prompt.
+
+        Returns:
+            The model's output; logits [B, S', V] over the shortened prompt.
+        """
+        check_generation(inputs, also=self._forward_arguments())
+        _input_ids(inputs)
+        prepared = self._prepare(inputs, methods)
+        with prepared.active():
+            return self.model(**prepared.model_inputs)
+
+    def close(self) -> None:
+        """Take all hooks off the model: it is stock again. Safe to call twice."""
+        self._parts.close()
+
+    def __enter__(self) -> EfficientLMM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The steps of a request
+
+    def _request(
+        self,
+        requests: Sequence[tuple[str, Images]],
+        methods: Methods,
+        max_new_tokens: int,
+        seed: int | None,
+        generation: Mapping[str, Any],
+    ) -> _Request:
+        """Steps 1 and 2: check the settings, load the pictures, write the prompts."""
+        chosen = self._checked(methods)
+        check_generation(generation)
+        for name, advice in _NOT_FOR_ANSWERS.items():
+            if name in generation:
+                raise SettingsError(f"{name}: cannot be used here. {advice}")
+        number = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+        if not number or max_new_tokens < 1:
+            raise SettingsError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}.")
+        stopwatch = Stopwatch(self.model.device)
+        start = stopwatch.now()
+        inputs = preprocess(self.processor, requests, self.model.dtype)
+        return _Request(
+            inputs=inputs,
+            methods=chosen,
+            generation=generation,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stopwatch=stopwatch,
+            preprocess_s=stopwatch.now() - start,
+        )
+
+    def _answer(self, request: _Request, watch: Watch, streamer: Any = None) -> list[Answer]:
+        """Steps 3 to 5, under the clock."""
+        now = request.stopwatch.now
+        start = now()
+        with torch.no_grad():
+            prepared = self._prepare(request.inputs, request.methods)
+            model_inputs = prepared.model_inputs
+            width = prepared.layout.mask.shape[1]
+            limit = min(request.max_new_tokens, self._room(width, model_inputs))
+            criteria = [*(request.generation.get("stopping_criteria") or []), watch]
+            options = {
+                **request.generation,
+                "stopping_criteria": criteria,
+                "max_new_tokens": limit,
+                "return_dict_in_generate": True,
+                "streamer": streamer,
+            }
+            with prepared.active(), seeded(request.seed, self.model.device):
+                output = self.model.generate(**model_inputs, **options)
+        end = now()
+        first = end if watch.first_token_s is None else watch.first_token_s
+        report = prepared.report()
+        new_ids = output.sequences[:, width:].tolist()
+        family = self._parts.family
+        run = Run(
+            prompt_tokens=prepared.layout.mask.sum(dim=1).tolist(),
+            tokens_per_image=[family.tokens_per_image(image.grid) for image in report.images],
+            report=report,
+            end_ids=self._token_ids("eos_token_id", request.generation),
+            pad_id=next(iter(self._token_ids("pad_token_id", request.generation)), None),
+            limit=limit,
+            cancelled=watch.cancelled,
+            cache_bytes=kv_bytes(output.get("past_key_values")) // len(new_ids),
+            preprocess_s=request.preprocess_s,
+            prefill_s=first - start - report.seconds.get("tower_s", 0.0),
+            decode_s=end - first,
+        )
+        tokenizer = self.processor.tokenizer
+        return [run.answer(sample, ids, tokenizer) for sample, ids in enumerate(new_ids)]
+
+    def _prepare(self, inputs: Mapping[str, Any], methods: Methods) -> Prepared:
+        """Step 3: the tower runs, methods prune, the prompt shrinks to match."""
+        device = self.model.device
+        on_device = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        mask = on_device.get("attention_mask")
+        # The padding side is read off the mask: tokenizers may be set to either.
+        right = mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any())
+        return prepare(
+            self._parts,
+            on_device,
+            self._checked(methods),
+            padding_side="right" if right else "left",
+        )
+
+    def _room(self, width: int, model_inputs: Mapping[str, Any]) -> int:
+        """New tokens that fit into the context behind a prompt, at least one."""
+        positions = model_inputs.get("position_ids")
+        used = width if positions is None else int(positions.max()) + 1
+        return max(1, self._parts.family.max_context - used)
+
+    def _token_ids(self, name: str, generation: Mapping[str, Any]) -> list[int]:
+        """Special token ids in force for one call: its argument, its config, or the model's."""
+        config = generation.get("generation_config") or self.model.generation_config
+        value = generation.get(name, getattr(config, name, None))
+        if value is None:
+            return []
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        return [value] if isinstance(value, int) else list(value)
+
+    def _forward_arguments(self) -> set[str]:
+        """Names of the model's own inputs."""
+        return set(inspect.signature(self.model.forward).parameters) - {"kwargs"}
+
+
+def _input_ids(inputs: Mapping[str, Any]) -> Tensor:
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise PromptError(
+            "input_ids: expected an int64 tensor [batch, length], as the processor returns it "
+            "with return_tensors='pt'."
+        )
+    return ids
+
+
+def _count_from_own_prompt(generation: dict[str, Any], length: int) -> None:
+    """max_length and min_length count the caller's prompt, which is longer than the pruned one."""
+    longest = generation.pop("max_length", None)
+    if longest is not None and generation.get("max_new_tokens") is None:
+        if longest <= length:
+            raise PromptError(
+                f"max_length is {longest}, but the prompt alone has {length} tokens. "
+                "Raise it, or use max_new_tokens."
+            )
+        generation["max_new_tokens"] = longest - length
+    shortest = generation.pop("min_length", None)
+    if shortest is not None and generation.get("min_new_tokens") is None:
+        generation["min_new_tokens"] = max(0, shortest - length)
+
+
+def _behind(own_ids: Tensor, new_ids: Tensor) -> Tensor:
+    """The caller's prompts [B, S] in front of the new tokens [B * n, new]."""
+    own_ids = own_ids.to(new_ids.device)
+    repeats = new_ids.shape[0] // own_ids.shape[0]
+    return torch.cat([own_ids.repeat_interleave(repeats, dim=0), new_ids], dim=1)

@@ -1,0 +1,263 @@
+"""One schema for every way in: YAML files, presets, the command line, and keyword arguments.
+
+```yaml
+model: pocket            # or a folder, or a hub id
+dtype: float32
+device: cpu
+quantization: null       # or int8, nf4
+methods:
+  - {name: flowcut, keep_tokens: 36}
+  - random:0.25          # the compact form: NAME:TOKENS or NAME:RATIO
+generation: {max_new_tokens: 32, do_sample: false}
+```
+Unknown keys are refused with the nearest valid one, never ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import inspect
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+
+from mmlm_efficient.errors import SettingsError, nearest
+from mmlm_efficient.pruning.base import Method
+from mmlm_efficient.pruning.registry import method_class
+
+MethodLike: TypeAlias = "Method | str | Mapping[str, Any]"
+
+# Arguments of generate() that are objects of a program, not settings of a file.
+_PROGRAM_ARGUMENTS = ("inputs", "kwargs", "self")
+
+
+def as_methods(value: MethodLike | Sequence[MethodLike] | None) -> tuple[Method, ...]:
+    """Methods from every form they are written in.
+
+    Args:
+        value: a method object, a compact string such as "flowcut:64" or "none", a mapping such as
+            {"name": "flowcut", "keep_tokens": 64}, a list of those, or None for no method.
+
+    Raises:
+        SettingsError: unknown method or option, naming the nearest valid one.
+
+    Example:
+        >>> [method.keep_tokens for method in as_methods("flowcut:64")]
+        [64]
+    """
+    if value is None:
+        return ()
+    if isinstance(value, Method | str | Mapping):
+        return (as_method(value),)
+    if not isinstance(value, list | tuple):
+        raise SettingsError(
+            f"methods: expected a list of methods, got {value!r}. Write [flowcut:64], for example."
+        )
+    return tuple(as_method(one) for one in value)
+
+
+def as_method(value: MethodLike) -> Method:
+    """One method from an object, a compact string or a mapping; see `as_methods`."""
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        return parse_method(value)
+    if not isinstance(value, Mapping):
+        raise SettingsError(
+            f"methods: cannot read {value!r}. "
+            "Write 'flowcut:64' or {name: flowcut, keep_tokens: 64}."
+        )
+    options = dict(value)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise SettingsError(
+            f"methods: {dict(value)!r} has no name. Write {{name: flowcut, keep_tokens: 64}}."
+        )
+    return method_class(name)(**options)
+
+
+def parse_method(text: str) -> Method:
+    """A method from its compact form: NAME, NAME:TOKENS (a whole number) or NAME:RATIO (a decimal).
+
+    Example:
+        >>> parse_method("flowcut:0.25").keep_ratio
+        0.25
+    """
+    name, colon, budget = text.strip().partition(":")
+    cls = method_class(name.strip())
+    if not colon:
+        return cls()
+    budget = budget.strip()
+    whole = re.fullmatch(r"[+-]?\d+", budget) is not None
+    field = "keep_tokens" if whole else "keep_ratio"
+    if field not in cls.model_fields:
+        raise SettingsError(f"method {text!r}: {name} takes no budget. Write {name!r} alone.")
+    try:
+        value = int(budget) if whole else float(budget)
+    except ValueError as error:
+        raise SettingsError(
+            f"method {text!r}: the budget {budget!r} is no number. Write {name}:64 for 64 tokens "
+            f"or {name}:0.25 for a quarter of them."
+        ) from error
+    return cls(**{field: value})
+
+
+def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
+    """Refuse names that do not exist, with the nearest one that does.
+
+    Example:
+        >>> refuse_unknown(["keep_tokens"], ["keep_tokens", "keep_ratio"], "method flowcut")
+    """
+    names = sorted(allowed)
+    for name in given:
+        if name not in names:
+            close = nearest(str(name), names)
+            hint = f"Did you mean {close!r}?" if close else f"Allowed: {', '.join(names)}."
+            raise SettingsError(f"{where}: {name!r} is unknown. {hint}")
+
+
+@functools.cache
+def generation_names() -> frozenset[str]:
+    """Every argument that transformers' generate() takes beside the model's inputs."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    fields = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+    fields |= set(inspect.signature(GenerationMixin.generate).parameters)
+    return frozenset(fields - {"transformers_version", *_PROGRAM_ARGUMENTS})
+
+
+def check_generation(given: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Refuse an argument that transformers' generate() does not have, naming the nearest.
+
+    Args:
+        given: argument names.
+        also: further names that are allowed here, such as the model's inputs.
+    """
+    refuse_unknown(given, generation_names().union(also), "generation")
+
+
+def _generation(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise SettingsError(
+            f"generation: expected names and values, got {value!r}. Write {{max_new_tokens: 32}}."
+        )
+    check_generation(value, also=("seed",))
+    return dict(value)
+
+
+class Config(BaseModel):
+    """One model with its methods and generation settings: what a YAML file holds.
+
+    Raises:
+        SettingsError: from `Config.read` and `load_config`; building it directly raises
+            pydantic's own error, which is a ValueError too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field("pocket", min_length=1, description="'pocket', a folder, or a hub id")
+    dtype: str | None = Field(None, description="float32, bfloat16, float16 or auto")
+    device: str = Field("cpu", description="cpu, cuda, cuda:N, mps or auto")
+    quantization: str | None = Field(None, description="int8 or nf4, the language model only")
+    attn_implementation: str | None = Field(None, description="attention kernel of transformers")
+    methods: Annotated[tuple[SkipValidation[Method], ...], BeforeValidator(as_methods)] = ()
+    generation: Annotated[dict[str, Any], BeforeValidator(_generation)] = Field(
+        default_factory=dict, description="arguments of transformers' generate(), and seed"
+    )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str = "config") -> Config:
+        """Check a mapping against the schema.
+
+        Args:
+            values: what a YAML file or a request holds.
+            where: how errors name it.
+
+        Raises:
+            SettingsError: unknown key (with the nearest valid one) or bad value, with its place.
+
+        Example:
+            >>> Config.read({"methods": ["none"]}).model
+            'pocket'
+        """
+        refuse_unknown(values, cls.model_fields, where)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, SettingsError):
+                raise SettingsError(f"{where}: {cause}") from cause
+            place = ".".join(str(part) for part in first["loc"])
+            raise SettingsError(
+                f"{where}: {place}: {first['msg']}, got {first['input']!r}."
+            ) from error
+
+    def load_options(self) -> dict[str, Any]:
+        """The arguments of `mmlm_efficient.load` that this config stands for."""
+        names = ("methods", "dtype", "device", "quantization", "attn_implementation")
+        return {"source": self.model, **{name: getattr(self, name) for name in names}}
+
+
+def load_config(source: str | os.PathLike[str]) -> Config:
+    """Read a YAML file, or a preset by its name.
+
+    Args:
+        source: path of a YAML file, or a name that `preset_names` lists, as "flowcut-llava15-64".
+
+    Raises:
+        SettingsError: no such file or preset, not YAML, or against the schema.
+
+    Example:
+        >>> load_config("pocket").model
+        'pocket'
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    presets = _presets()
+    if not path.is_file():
+        if name not in presets:
+            close = nearest(name, presets)
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise SettingsError(
+                f"config: {name!r} is neither a file nor a preset.{hint} "
+                f"Presets: {', '.join(presets)}."
+            )
+        path = presets[name]
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{name}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name}: is not valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise SettingsError(f"{name}: holds {type(values).__name__}, not names and values.")
+    return Config.read(values, name)
+
+
+def preset_names() -> list[str]:
+    """Names that `load_config` takes beside paths.
+
+    Example:
+        >>> "flowcut-llava15-64" in preset_names()
+        True
+    """
+    return list(_presets())
+
+
+def _presets() -> dict[str, Path]:
+    """Preset files by name: inside an installed package, or in configs/ of a checkout."""
+    inside = Path(str(importlib.resources.files("mmlm_efficient"))) / "configs"
+    folder = inside if inside.is_dir() else inside.parents[1] / "configs"
+    files = [file for kind in ("models", "methods") for file in (folder / kind).glob("*.yaml")]
+    return {file.stem: file for file in sorted(files)}
