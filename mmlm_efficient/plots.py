@@ -1,0 +1,395 @@
+"""Pictures of what was pruned: kept patches in their colours, the others dimmed, cuts by layer.
+
+The patches are drawn pixel by pixel, so a kept patch shows exactly the colours of the picture;
+matplotlib (the ``plots`` extra) adds captions and legends. Only its object interface is used: no
+window, no global figure, nothing to close.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from mmlm_efficient.errors import MediaError, SettingsError, require_extra
+from mmlm_efficient.media import ImageSource, load_image
+from mmlm_efficient.tokens import ImageReport
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Fit: TypeAlias = Literal["crop", "stretch"]
+Target: TypeAlias = "str | os.PathLike[str] | None"
+
+PICTURE_PX = 288  # longer side of one drawn picture, about
+DPI = 100
+MARGIN_PX = 8
+LINE_PX = 16  # one line of text
+LEGEND_PX = 190
+DIMMED = 0.35  # brightness of a pruned patch
+GRID_LINE = (128, 128, 128)
+OUTLINE = (255, 212, 0)
+DECODER_CUT = (214, 39, 40)
+# One colour after the other for the groups of merged patches.
+GROUPS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (148, 103, 189), (23, 190, 207))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture with what was kept of it.
+
+    Attributes:
+        image: what the model was asked about; see `load_image`.
+        report: what happened to it, one of ``answer.report.images``.
+        caption: line under the picture; empty means "36 of 144".
+        members: for tokens merged from several patches, the patches of each token
+            (``VisualTokens.members``); None for a pure selection.
+        fit: how the image processor made the picture fit the grid: "crop" cuts out the middle
+            (CLIP), "stretch" distorts it (SigLIP). All the same for a picture of the grid's shape.
+    """
+
+    image: ImageSource
+    report: ImageReport
+    caption: str = ""
+    members: Sequence[Sequence[int]] | None = None
+    fit: Fit = "crop"
+
+
+def kept_tokens(
+    image: ImageSource,
+    report_image: ImageReport,
+    path: Target = None,
+    title: str | None = None,
+    *,
+    members: Sequence[Sequence[int]] | None = None,
+    fit: Fit = "crop",
+) -> Image.Image:
+    """Draw which patches of one picture reached the last decoder layer.
+
+    Args:
+        image: the picture: a path, bytes, PIL image or array.
+        report_image: its part of the report, such as ``answer.report.images[0]``.
+        path: PNG file to write, or None to only return the drawing.
+        title: line above the picture.
+        members: patches of each merged token, see `Panel`.
+        fit: how the picture was made to fit, see `Panel`.
+
+    Returns:
+        The drawing, RGB.
+
+    Raises:
+        MediaError: the picture cannot be read, or the file cannot be written.
+        SettingsError: the report does not fit together, or the path is no ".png".
+        MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> answer = lmm.ask("Where is the cat?", image="scene.png")  # doctest: +SKIP
+        >>> kept_tokens("scene.png", answer.report.images[0], "kept.png")  # doctest: +SKIP
+    """
+    panel = Panel(image, report_image, members=members, fit=fit)
+    return kept_tokens_panel([panel], path, title)
+
+
+def kept_tokens_panel(
+    panels: Sequence[Panel],
+    path: Target = None,
+    title: str | None = None,
+    *,
+    columns: int = 4,
+) -> Image.Image:
+    """Draw several pictures side by side, one per method, budget or image.
+
+    Args:
+        panels: what to draw, from left to right and top to bottom.
+        path: PNG file to write, or None to only return the drawing.
+        title: line above all pictures.
+        columns: pictures per row, at least 1.
+
+    Returns:
+        The drawing, RGB.
+
+    Raises:
+        As `kept_tokens`; SettingsError also for no panels or columns < 1.
+
+    Example:
+        >>> kept_tokens_panel(  # doctest: +SKIP
+        ...     [Panel(image, report, "flowcut 36 of 144"), Panel(image, other, "random 36 of 144")]
+        ... ).size
+        (600, 320)
+    """
+    if not panels:
+        raise SettingsError("panels is empty: give at least one picture with its report")
+    if columns < 1:
+        raise SettingsError(f"columns must be at least 1, got {columns}")
+    pictures = [_kept_pixels(panel) for panel in panels]
+    captions = [
+        _wrapped(panel.caption or _count(panel.report), picture.shape[1])
+        for panel, picture in zip(panels, pictures, strict=True)
+    ]
+    width = max(picture.shape[1] for picture in pictures) + MARGIN_PX
+    rows = [range(first, len(panels))[:columns] for first in range(0, len(panels), columns)]
+    top, tops = MARGIN_PX + (LINE_PX + MARGIN_PX if title else 0), []
+    for row in rows:
+        tops.append(top)
+        lines = max(captions[place].count("\n") + 1 for place in row)
+        top += max(pictures[place].shape[0] for place in row) + lines * LINE_PX + MARGIN_PX
+    sheet = _Sheet(width * min(columns, len(panels)) + MARGIN_PX, top)
+    if title:
+        sheet.text(sheet.width / 2, MARGIN_PX, title, align="center")
+    for row, row_top in zip(rows, tops, strict=True):
+        for column, place in enumerate(row):
+            picture, left = pictures[place], MARGIN_PX + column * width
+            sheet.picture(left, row_top, picture)
+            middle = left + picture.shape[1] / 2
+            sheet.text(middle, row_top + picture.shape[0] + 2, captions[place], align="center")
+    return sheet.finished(path)
+
+
+def cut_map(
+    image: ImageSource,
+    report_image: ImageReport,
+    path: Target = None,
+    title: str | None = None,
+    *,
+    fit: Fit = "crop",
+) -> Image.Image:
+    """Draw after which tower layer each patch was cut; kept patches keep their colours.
+
+    Args:
+        image, path, title, fit: as in `kept_tokens`.
+        report_image: report of a method that cuts inside the tower, such as FlowCut.
+
+    Returns:
+        The drawing with a legend, RGB.
+
+    Raises:
+        As `kept_tokens`; SettingsError also when nothing was cut inside the tower.
+    """
+    kept = _kept_mask(report_image)
+    layers = _cut_layers(report_image)
+    base = _fitted(image, report_image.grid, fit)
+    colours = _layer_colours(sorted(set(layers[layers >= 0].tolist())))
+    tint = np.zeros((*layers.shape, 3), np.float32)
+    legend: list[tuple[tuple[int, int, int], str]] = []
+    for layer, colour in colours.items():
+        tint[layers == layer] = colour
+        legend.append((colour, f"after tower layer {layer}: {int((layers == layer).sum())}"))
+    later = (layers < 0) & ~kept
+    if later.any():
+        tint[later] = DECODER_CUT
+        legend.append((DECODER_CUT, f"in the language model: {int(later.sum())}"))
+    grey = base.mean(axis=-1, keepdims=True)
+    cell = base.shape[0] // report_image.grid[0]
+    coloured = 0.35 * grey + 0.65 * _enlarged(tint.reshape(*report_image.grid, 3), cell)
+    drawn = np.where(_enlarged(kept.reshape(report_image.grid), cell)[..., None], base, coloured)
+    picture = _with_lines(drawn.astype(np.uint8), kept.reshape(report_image.grid))
+    top = MARGIN_PX + (LINE_PX + MARGIN_PX if title else 0)
+    height = max(picture.shape[0], (len(legend) + 1) * LINE_PX)
+    sheet = _Sheet(picture.shape[1] + 3 * MARGIN_PX + LEGEND_PX, top + height + MARGIN_PX)
+    if title:
+        sheet.text(sheet.width / 2, MARGIN_PX, title, align="center")
+    sheet.picture(MARGIN_PX, top, picture)
+    left = picture.shape[1] + 2 * MARGIN_PX
+    for line, (colour, label) in enumerate(legend):
+        sheet.picture(left, top + line * LINE_PX + 2, np.full((12, 12, 3), colour, np.uint8))
+        sheet.text(left + 18, top + line * LINE_PX, label)
+    sheet.text(left + 18, top + len(legend) * LINE_PX, f"kept: {_count(report_image)}")
+    return sheet.finished(path)
+
+
+# -- pixels ----------------------------------------------------------------------------------
+
+
+def _kept_pixels(panel: Panel) -> Pixels:
+    """The picture with pruned patches dimmed, uint8 [rows * cell, cols * cell, 3]."""
+    grid = panel.report.grid
+    kept = _kept_mask(panel.report)
+    base = _fitted(panel.image, grid, panel.fit)
+    cell = base.shape[0] // grid[0]
+    dimmed = np.repeat(base.mean(axis=-1, keepdims=True) * DIMMED, 3, axis=-1)
+    drawn = np.where(_enlarged(kept.reshape(grid), cell)[..., None], base, dimmed)
+    for number, group in enumerate(_merged(panel)):
+        # A merged patch lives on in its token: half bright, in the colour of its group.
+        inside = np.zeros(kept.shape, np.bool_)
+        inside[group] = True
+        mask = _enlarged((inside & ~kept).reshape(grid), cell)
+        colour = np.asarray(GROUPS[number % len(GROUPS)], np.float32)
+        drawn[mask] = 0.6 * base[mask] + 0.4 * colour
+    return _with_lines(np.rint(drawn).astype(np.uint8), kept.reshape(grid))
+
+
+def _fitted(image: ImageSource, grid: tuple[int, int], fit: Fit) -> Pixels:
+    """The part of the picture that the model saw, scaled to whole cells."""
+    if fit not in ("crop", "stretch"):
+        raise SettingsError(f"fit must be 'crop' or 'stretch', got {fit!r}")
+    picture = load_image(image)
+    rows, cols = grid
+    cell = max(6, PICTURE_PX // max(grid))
+    if fit == "crop":
+        width, height = picture.size
+        side = min(width / cols, height / rows)
+        left, top = (width - side * cols) / 2, (height - side * rows) / 2
+        box = (left, top, left + side * cols, top + side * rows)
+    else:
+        box = (0.0, 0.0, float(picture.width), float(picture.height))
+    # A box filter averages when it shrinks and repeats when it enlarges: no new colours.
+    size = (cols * cell, rows * cell)
+    return np.asarray(picture.resize(size, Image.Resampling.BOX, box=box))
+
+
+def _enlarged(cells: npt.NDArray[Any], cell: int) -> npt.NDArray[Any]:
+    """Values [rows, cols, ...] repeated over the pixels of their cells."""
+    return cells.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _with_lines(picture: Pixels, kept: npt.NDArray[np.bool_]) -> Pixels:
+    """Grid lines in the first pixel row and column of each cell, an outline around kept cells."""
+    cell = picture.shape[0] // kept.shape[0]
+    across, down = slice(cell, None, cell), slice(cell, None, cell)
+    half = np.asarray(GRID_LINE, np.uint16)
+    picture[across] = (picture[across].astype(np.uint16) + half) // 2
+    picture[:, down] = (picture[:, down].astype(np.uint16) + half) // 2
+    for row, col in zip(*np.nonzero(kept[1:] != kept[:-1]), strict=True):
+        picture[(row + 1) * cell, col * cell : (col + 1) * cell] = OUTLINE
+    for row, col in zip(*np.nonzero(kept[:, 1:] != kept[:, :-1]), strict=True):
+        picture[row * cell : (row + 1) * cell, (col + 1) * cell] = OUTLINE
+    return picture
+
+
+def _layer_colours(layers: Sequence[int]) -> dict[int, tuple[int, int, int]]:
+    """From dark for an early cut to bright for a late one."""
+    colormap = require_extra("matplotlib", "plots").colormaps["viridis"]
+    places = np.linspace(0.0, 0.75, max(len(layers), 1))
+    colours = np.rint(np.asarray(colormap(places))[:, :3] * 255).astype(int).tolist()
+    return {layer: tuple(colour) for layer, colour in zip(layers, colours, strict=False)}
+
+
+# -- reports ---------------------------------------------------------------------------------
+
+
+def _count(report: ImageReport) -> str:
+    return f"{len(report.kept)} of {report.n_in}"
+
+
+def _kept_mask(report: ImageReport) -> npt.NDArray[np.bool_]:
+    """Bool [n_in], True for kept patches."""
+    rows, cols = report.grid
+    if rows < 1 or cols < 1 or rows * cols != report.n_in:
+        raise SettingsError(
+            f"the report of image {report.image} has a grid of {rows} x {cols} patches, but "
+            f"n_in={report.n_in}: the two must agree"
+        )
+    mask = np.zeros(report.n_in, np.bool_)
+    mask[_indices("kept", report.kept, report)] = True
+    return mask
+
+
+def _indices(
+    field: str, values: Tensor | Sequence[int], report: ImageReport
+) -> npt.NDArray[np.int64]:
+    """Patch indices, refused when one is outside the grid."""
+    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    index: npt.NDArray[np.int64] = array.astype(np.int64).reshape(-1)
+    if index.size and (index.min() < 0 or index.max() >= report.n_in):
+        raise SettingsError(
+            f"{field} of image {report.image} names patch {index.max()}, lowest {index.min()}: "
+            f"allowed are 0 to {report.n_in - 1}"
+        )
+    return index
+
+
+def _cut_layers(report: ImageReport) -> npt.NDArray[np.int64]:
+    """Int64 [n_in], the tower layer after which each patch was cut, -1 = kept by the tower."""
+    if report.cut_layer is None:
+        raise SettingsError(
+            f"image {report.image} was not pruned inside the tower: a cut map needs a method "
+            "that cuts there (flowcut) and a budget below the number of patches"
+        )
+    layers: npt.NDArray[np.int64] = report.cut_layer.cpu().numpy().astype(np.int64)
+    if layers.shape != (report.n_in,):
+        raise SettingsError(
+            f"cut_layer of image {report.image} has shape {list(layers.shape)}, expected "
+            f"[{report.n_in}]"
+        )
+    return layers
+
+
+def _merged(panel: Panel) -> list[npt.NDArray[np.int64]]:
+    """The patches of each token that was merged from several."""
+    groups = [_indices("members", group, panel.report) for group in panel.members or ()]
+    return [group for group in groups if group.size > 1]
+
+
+# -- sheet of paper --------------------------------------------------------------------------
+
+
+class _Sheet:
+    """A white drawing of width x height pixels; places are counted from the top left."""
+
+    def __init__(self, width: int, height: int) -> None:
+        figure = require_extra("matplotlib.figure", "plots")
+        agg = require_extra("matplotlib.backends.backend_agg", "plots")
+        self.width, self.height = width, height
+        self._figure = figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="w")
+        self._canvas = agg.FigureCanvasAgg(self._figure)
+
+    def picture(self, left: int, top: int, pixels: Pixels) -> None:
+        """Copy pixels, unscaled."""
+        bottom = self.height - top - pixels.shape[0]
+        self._figure.figimage(pixels, xo=left, yo=bottom, origin="upper")
+
+    def text(self, x: float, top: float, text: str, align: str = "left") -> None:
+        """Write text whose upper edge is at `top`."""
+        place = (x / self.width, 1 - top / self.height)
+        self._figure.text(*place, text, ha=align, va="top", fontsize=8.5, parse_math=False)
+
+    def finished(self, path: Target) -> Image.Image:
+        """The drawing, written to a file if one is named."""
+        self._canvas.draw()
+        picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
+        if path is not None:
+            encoded = io.BytesIO()
+            picture.save(encoded, format="PNG")
+            write_png(path, encoded.getvalue())
+        return picture
+
+
+def _wrapped(text: str, width_px: int) -> str:
+    """Text in lines that fit under a picture."""
+    return "\n".join(textwrap.wrap(text, max(8, width_px // 7))) or " "
+
+
+def write_png(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a PNG file whole or not at all.
+
+    Args:
+        path: file to write or replace; its folder is made if missing.
+        data: the encoded picture.
+
+    Raises:
+        SettingsError: the name does not end in ".png".
+        MediaError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise SettingsError(f"path: '{target}' must end in '.png'")
+    partial: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
+            partial = file.name
+            file.write(data)
+        os.chmod(partial, 0o644)  # temporary files are private, pictures are not
+        os.replace(partial, target)
+    except OSError as error:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+        raise MediaError(f"{target}: cannot be written ({error}).") from error
