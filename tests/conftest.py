@@ -1,12 +1,16 @@
-"""Test order: the contract with transformers runs first, it names what is missing."""
+"""Test order and threads."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 FIRST = "test_contract_transformers"
 
+# The models are tiny: a second thread only costs, and a lot on a busy machine.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the contract tests to the front; keep the order otherwise."""
+    """Move the contract with transformers to the front: it names what is missing."""
     items.sort(key=lambda item: FIRST not in item.nodeid)

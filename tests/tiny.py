@@ -100,13 +100,11 @@ def tiny_llava(
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
-    # Larger weights than the init gives: attention then differs clearly between patches.
+    # Larger weights than the init gives: patches and words then really differ.
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                weight.mul_(6.0)
-            elif "projector" in name and weight.ndim == 2:
-                weight.mul_(4.0)
+            if weight.ndim == 2 and "position_embedding" not in name:
+                weight.mul_(2.0 if "embed_tokens" in name else 6.0)
     generation = model.generation_config
     generation.pad_token_id = PAD_TOKEN
     generation.eos_token_id = None
