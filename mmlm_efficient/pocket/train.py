@@ -1,0 +1,118 @@
+"""`mmlm train pocket`: all stages in order, then the shipped folder and its model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlavaForConditionalGeneration
+
+from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.pocket import train_llava, train_tower, train_words
+from mmlm_efficient.pocket.vocabulary import build_processor
+
+log = logging.getLogger("mmlm_efficient.pocket")
+
+WEIGHTS = Path(__file__).parent / "weights"
+MAX_WEIGHTS_BYTES = 25 * 2**20
+
+
+def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1.0) -> Path:
+    """Train pocket from nothing; a killed run goes on where it was when called again.
+
+    Args:
+        out: folder for checkpoints, logs (`<stage>.jsonl`) and the result (`weights/`).
+        seed: of initialisation and data; the same seed gives the same run on the same machine
+            with the same number of threads.
+        threads: CPU threads.
+        scale: multiplies the steps of every stage; below 1 for a quick trial.
+
+    Returns:
+        The folder with the finished model.
+
+    Raises:
+        SettingsError: scale or threads out of range.
+    """
+    if not 0 < scale <= 10:
+        raise SettingsError(f"scale={scale} is outside (0, 10]; 1 is the shipped recipe")
+    if threads < 1:
+        raise SettingsError(f"threads={threads} must be 1 or more")
+    torch.set_num_threads(threads)
+
+    def steps(count: int) -> int:
+        return max(2, round(count * scale))
+
+    tower = train_tower.train(out, seed=seed, cutout_steps=steps(3600), whole_steps=steps(500))
+    model, symbols, encoder = train_words.train(
+        out, seed=seed, steps=steps(2000), early_steps=steps(200)
+    )
+    train_llava.train(
+        model, symbols, encoder, tower, out,
+        seed=seed, steps=steps(2400), projector_steps=steps(1000),
+        images=max(64, steps(6000)), videos=max(8, steps(600)),
+    )  # fmt: skip
+    return export(model, out / "weights")
+
+
+def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
+    """Write a Hugging Face folder: bfloat16 weights, configuration, processor, chat template.
+
+    The folder appears whole or not at all.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    config = model.config.text_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        max_new_tokens=64,
+    )
+    model.set_attn_implementation("sdpa")
+    model.to(torch.bfloat16).save_pretrained(partial)
+    build_processor().save_pretrained(partial)
+    written = sum(f.stat().st_size for f in partial.glob("*.safetensors"))
+    if written > MAX_WEIGHTS_BYTES:
+        raise SettingsError(f"weights take {written} bytes; the limit is {MAX_WEIGHTS_BYTES}")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    log.info("wrote %s (%.1f MiB of weights)", folder, written / 2**20)
+    return folder
+
+
+def write_card(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write the model card with measured accuracies.
+
+    Args:
+        folder: the model's folder.
+        results: what `benchmarks/pocket_accuracy.py` writes; its unpruned row is shown.
+    """
+    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    row = next(r for r in results["rows"] if r["method"] == "none")
+    lines = ["| kind | answers | right | 95 % interval |", "|---|---|---|---|"]
+    for kind, entry in [*row["kinds"].items(), ("all", row["overall"])]:
+        low, high = entry["interval"]
+        lines.append(
+            f"| {kind} | {entry['count']} | {entry['accuracy']:.1%} | {low:.1%} to {high:.1%} |"
+        )
+    text = template.replace("<!-- accuracy -->", "\n".join(lines))
+    text = text.replace("<!-- scenes -->", str(results["scenes"]))
+    partial = folder / "README.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / "README.md")
+
+
+def curve(out: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """Held-out accuracies per kind logged while training: stage -> [(step, kind -> accuracy)]."""
+    stages: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for path in sorted(out.glob("*.jsonl")):
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        points = [(e["step"], e["accuracy"]) for e in entries if "accuracy" in e]
+        if points:
+            stages[path.stem] = points
+    return stages

@@ -1,0 +1,288 @@
+"""Stage 2 of pocket's training: the decoder learns to look things up among symbolic patches.
+
+No picture is drawn. Each patch is the sum of what it shows: the word embedding of the object's
+name, a vector for the object's centre, a vector for its own place, noise. That makes the visual
+tokens speak the decoder's language from the start; stage 3 teaches the projector to speak it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from mmlm_efficient.pocket.architecture import TEXT_WIDTH, build_model, text_config
+from mmlm_efficient.pocket.objects import NAMES
+from mmlm_efficient.pocket.prompts import VISUAL, Batch, Encoder, Prefix, answer_loss, turn_accuracy
+from mmlm_efficient.pocket.questions import VIDEO_KINDS, Question, Thing, ask, ask_video
+from mmlm_efficient.pocket.scenes import (
+    BINS,
+    GRID,
+    IMAGE_PX,
+    PATCH_PX,
+    arrange,
+    draw_names,
+    draw_timeline,
+    rng_of,
+)
+from mmlm_efficient.pocket.trainer import Schedule, run_stage
+from mmlm_efficient.pocket.vocabulary import IMAGE, build_tokenizer
+
+BACKGROUND = len(NAMES)
+_FINE = 4  # sub-samples per patch side when an object's disc is laid over the grid
+# how often each kind is asked; retrieval by content comes late, so it is asked most
+KIND_WEIGHTS = {
+    "is_there": 2.0,
+    "how_many": 1.6,
+    "where_is": 1.6,
+    "what_is_at": 1.4,
+    "extreme": 1.5,
+    "relation": 2.2,
+    "list": 0.9,
+}
+_FIRST_KINDS = {"is_there": 2.0, "where_is": 2.0, "what_is_at": 1.5, "how_many": 0.5}
+
+
+class Symbols(nn.Module):
+    """What a patch says, as a vector in the decoder's embedding space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(_smooth_table(BINS, 1))
+        self.y = nn.Parameter(_smooth_table(BINS, 2))
+        self.row = nn.Parameter(_smooth_table(GRID, 3) * 0.5)
+        self.column = nn.Parameter(_smooth_table(GRID, 4) * 0.5)
+        self.middle = nn.Parameter(torch.randn(TEXT_WIDTH) / TEXT_WIDTH**0.5)
+        self.empty = nn.Parameter(torch.randn(TEXT_WIDTH) / TEXT_WIDTH**0.5)
+
+    def forward(self, labels: dict[str, torch.Tensor], name_table: torch.Tensor) -> torch.Tensor:
+        """Patch labels [...] -> vectors [..., C].
+
+        Args:
+            labels: name (64 = background), x, y (bins; unread for background), middle (0 or 1),
+                patch (raster index).
+            name_table: word embeddings of the names [64, C].
+        """
+        table = torch.cat([name_table, self.empty[None]])
+        thing = (labels["name"] < BACKGROUND)[..., None].float()
+        place = self.x[labels["x"]] + self.y[labels["y"]]
+        own = self.row[labels["patch"] // GRID] + self.column[labels["patch"] % GRID]
+        middle = labels["middle"][..., None] * self.middle
+        return table[labels["name"]] + thing * place + middle + own
+
+
+def _smooth_table(count: int, seed: int) -> torch.Tensor:
+    """Random vectors [count, C] of about unit length, alike for neighbouring rows."""
+    generator = torch.Generator().manual_seed(seed)
+    frequency = torch.rand(TEXT_WIDTH, generator=generator) * 8
+    phase = torch.rand(TEXT_WIDTH, generator=generator) * 6.2832
+    place = torch.arange(count)[:, None] / count
+    return torch.cos(place * frequency * 3.1416 + phase) * (2 / TEXT_WIDTH) ** 0.5
+
+
+def layout(names: list[str], rng: np.random.Generator) -> tuple[list[Thing], dict[str, np.ndarray]]:
+    """Objects at random places and the labels of all patches, without drawing anything.
+
+    Returns:
+        things: name, centre and size of each object.
+        patches: name, x, y, middle [GRID * GRID] and owner (-1 = background).
+    """
+    things = []
+    fine = GRID * _FINE
+    ticks = (np.arange(fine) + 0.5) * (PATCH_PX / _FINE)
+    cover = np.zeros((len(names) + 1, GRID * GRID), np.float32)
+    for k, (name, left, top, size) in enumerate(arrange(names, IMAGE_PX, rng)):
+        thing = Thing(name, left + size / 2, top + size / 2, size)
+        things.append(thing)
+        gap = np.hypot.outer(ticks - thing.y_px, ticks - thing.x_px) < 0.42 * size
+        cover[k] = gap.reshape(GRID, _FINE, GRID, _FINE).mean((1, 3)).ravel()
+    owner = np.where(cover.max(0) >= 0.2, cover.argmax(0), -1)
+    patches = {key: np.zeros(GRID * GRID, np.int64) for key in ("x", "y")}
+    patches |= {"name": np.full(GRID * GRID, BACKGROUND), "owner": owner}
+    patches["middle"] = np.zeros(GRID * GRID, np.float32)
+    for k, thing in enumerate(things):
+        mine = owner == k
+        patches["name"][mine] = NAMES.index(thing.name)
+        patches["x"][mine], patches["y"][mine] = thing.bins
+        patches["middle"][int(thing.y_px) // PATCH_PX * GRID + int(thing.x_px) // PATCH_PX] = 1
+    return things, patches
+
+
+def thin_out(owner: np.ndarray, rng: np.random.Generator, *, middle: np.ndarray) -> np.ndarray:
+    """Patches that stay (ascending): every object keeps its middle, the rest is thinned."""
+    keep_object, keep_empty = rng.uniform(0.3, 1.0), rng.uniform(0.0, 0.25)
+    draw = rng.random(len(owner))
+    kept = np.where(owner >= 0, draw < keep_object, draw < keep_empty) | (middle > 0)
+    return np.flatnonzero(kept)
+
+
+def image_prefix(kept: np.ndarray, encoder: Encoder, rng: np.random.Generator, total: int = GRID * GRID) -> Prefix:
+    """Prefix of one picture, at original or at compact positions by chance."""
+    original = rng.random() < 0.5
+    positions = (2 + kept).tolist() if original else list(range(2, 2 + len(kept)))
+    ids = [encoder.bos, encoder.user, *[VISUAL] * len(kept)]
+    return Prefix(ids, [0, 1, *positions], 2 + (total if original else len(kept)))
+
+
+def draw_turns(things: list[Thing], rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
+    """Questions about one picture, kinds drawn by weight."""
+    kinds = list(weights)
+    share = np.array([weights[kind] for kind in kinds])
+    drawn = rng.choice(len(kinds), size=count, p=share / share.sum())
+    asked = (ask(kinds[k], things, rng) for k in drawn)
+    return [question for question in asked if question is not None]
+
+
+def image_batch(
+    encoder: Encoder, seed: int, size: int, *, early: bool
+) -> tuple[Batch, dict[str, torch.Tensor], list[list[Question]]]:
+    """A step's pictures: sequences, labels of the kept patches [total], questions."""
+    prefixes, turns, columns = [], [], []
+    for k in range(size):
+        rng = rng_of("train", seed * size + k, 4)
+        names = draw_names(rng, int(rng.integers(1, 4)) if early else None)
+        things, patches = layout(names, rng)
+        kept = thin_out(patches["owner"], rng, middle=patches["middle"])
+        own = {key: value[kept] for key, value in patches.items()} | {"patch": kept}
+        slip = (rng.random(len(kept)) < 0.02) & (own["owner"] >= 0)
+        own["name"] = np.where(slip, rng.integers(0, BACKGROUND, len(kept)), own["name"])
+        columns.append(own)
+        prefixes.append(image_prefix(kept, encoder, rng))
+        turns.append(draw_turns(things, rng, 8, _FIRST_KINDS if early else KIND_WEIGHTS))
+    labels = {
+        key: torch.from_numpy(np.concatenate([c[key] for c in columns])) for key in columns[0]
+    }
+    return encoder.batch(prefixes, turns), labels, turns
+
+
+def video_prefix(kept: list[np.ndarray], times_s: list[int], encoder: Encoder) -> Prefix:
+    """Prefix of several frames, each preceded by its time as text ("3 s")."""
+    ids = [encoder.bos, encoder.user]
+    for frame, time_s in zip(kept, times_s, strict=True):
+        ids += [*encoder.text(f"{time_s} s"), *[VISUAL] * len(frame)]
+    return Prefix(ids, range(len(ids)), len(ids))
+
+
+def draw_video_turns(
+    seen: dict[str, list[int]], rng: np.random.Generator, count: int
+) -> list[Question]:
+    """Questions about one video, all kinds alike often."""
+    asked = (ask_video(VIDEO_KINDS[k % len(VIDEO_KINDS)], seen, rng) for k in range(count))
+    return [question for question in asked if question is not None]
+
+
+def pool_patches(vectors: torch.Tensor) -> torch.Tensor:
+    """Average 2 x 2 neighbours: [F, 144, C] -> [F, 36, C]."""
+    frames, _, width = vectors.shape
+    half = GRID // 2
+    return vectors.reshape(frames, half, 2, half, 2, width).mean((2, 4)).reshape(
+        frames, half * half, width
+    )
+
+
+def video_batch(
+    encoder: Encoder, seed: int, size: int
+) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor, list[list[Question]]]:
+    """A step's videos: sequences, labels of all patches [F, 144], kept pooled tokens, questions.
+
+    The third value indexes the pooled tokens of all frames, flattened [F * 36].
+    """
+    prefixes, turns, columns, chosen = [], [], [], []
+    for k in range(size):
+        rng = rng_of("train", seed * size + k, 5)
+        names, spans, times_s = draw_timeline(rng)
+        seen: dict[str, list[int]] = {}
+        kept = []
+        for number, time_s in enumerate(times_s):
+            shown = [n for n, (a, b) in zip(names, spans, strict=True) if a <= number < b]
+            things, patches = layout(shown, rng)
+            for thing in things:
+                seen.setdefault(thing.name, []).append(time_s)
+            full = pool_labels(patches["owner"])
+            stay = np.flatnonzero(full | (rng.random(len(full)) < 0.2))
+            chosen.append(stay + len(columns) * len(full))
+            kept.append(stay)
+            columns.append(patches | {"patch": np.arange(GRID * GRID)})
+        prefixes.append(video_prefix(kept, times_s, encoder))
+        turns.append(draw_video_turns(seen, rng, 6))
+    labels = {key: torch.from_numpy(np.stack([c[key] for c in columns])) for key in columns[0]}
+    return (
+        encoder.batch(prefixes, turns),
+        labels,
+        torch.from_numpy(np.concatenate(chosen)),
+        turns,
+    )
+
+
+def pool_labels(owner: np.ndarray) -> np.ndarray:
+    """Which of the 36 pooled tokens show an object, bool."""
+    half = GRID // 2
+    return (owner.reshape(half, 2, half, 2) >= 0).any((1, 3)).ravel()
+
+
+def build(seed: int) -> tuple[LlavaForConditionalGeneration, Encoder]:
+    """Fresh model and encoder; attention starts out looking for tokens that are alike."""
+    tokenizer = build_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("pad", "s", "/s")}
+    config = text_config(len(tokenizer), bos=ids["s"], eos=ids["/s"], pad=ids["pad"])
+    model = build_model(config, tokenizer.convert_tokens_to_ids(IMAGE), seed)
+    model.set_attn_implementation("eager")  # SDPA's causal backward is slower on CPUs
+    with torch.no_grad():
+        nn.init.normal_(model.get_input_embeddings().weight, std=TEXT_WIDTH**-0.5)
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            nn.init.normal_(attention.q_proj.weight, std=0.035)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+    return model, Encoder(tokenizer)
+
+
+def name_table(model: LlavaForConditionalGeneration, encoder: Encoder) -> torch.Tensor:
+    """Word embeddings of the object names [64, C]."""
+    ids = encoder.tokenizer.convert_tokens_to_ids(list(NAMES))
+    return model.get_input_embeddings().weight[ids]
+
+
+def train(out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300, size: int = 32) -> tuple[LlavaForConditionalGeneration, Symbols, Encoder]:
+    """Train decoder and symbols in `out` (resumable)."""
+    model, encoder = build(seed)
+    symbols = Symbols()
+    modules = nn.ModuleDict(
+        {"text": model.model.language_model, "head": model.lm_head, "symbols": symbols}
+    )
+
+    def vectors(labels: dict[str, torch.Tensor], noise_seed: int) -> torch.Tensor:
+        """Noisy symbols of patches."""
+        clean = symbols(labels, name_table(model, encoder))
+        generator = torch.Generator().manual_seed(noise_seed)
+        return clean + 0.3 * torch.randn(clean.shape, generator=generator) / TEXT_WIDTH**0.5
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        early = number < early_steps
+        if not early and number % 5 == 4:
+            batch, labels, chosen, _ = video_batch(encoder, number + seed * 10**6, size // 2)
+            pooled = pool_patches(vectors(labels, number)).flatten(0, 1)[chosen]
+            loss, right = answer_loss(model, batch, pooled)
+            return {"loss": loss, "right": right.float().mean()}
+        batch, labels, _ = image_batch(encoder, number + seed * 10**6, size, early=early)
+        loss, right = answer_loss(model, batch, vectors(labels, number))
+        return {"loss": loss, "right": right.float().mean()}
+
+    def probe() -> dict[str, float]:
+        found: dict[str, list[bool]] = {}
+        for k in range(4):
+            batch, labels, turns = image_batch(encoder, 30_000_000 + k, 48, early=False)
+            _, right = answer_loss(model, batch, vectors(labels, k))
+            for kind, values in turn_accuracy(batch, right, turns).items():
+                found.setdefault(kind, []).extend(values)
+        batch, labels, chosen, turns = video_batch(encoder, 30_000_000, 32)
+        pooled = pool_patches(vectors(labels, 0)).flatten(0, 1)[chosen]
+        _, right = answer_loss(model, batch, pooled)
+        found |= turn_accuracy(batch, right, turns)
+        return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
+
+    run_stage("words", modules, Schedule(steps, 2e-3, probe_every=100), step, out, probe=probe)
+    return model.eval(), symbols, encoder
