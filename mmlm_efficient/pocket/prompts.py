@@ -14,10 +14,14 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from mmlm_efficient.pocket.objects import OBJECTS
 from mmlm_efficient.pocket.questions import Question
 
 VISUAL = -1  # stands for "a visual token" in a prefix
 _NO_LABEL = -100
+_NOT_SHOWN, _NOT_NAMED = -2, -1
+POINTING_HEADS = ((1, 0), (2, 0))  # (layer, head) that learn to look at what a word names
+_POINTING_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,14 @@ class Prefix:
         ids: token ids, `VISUAL` where a visual token stands.
         positions: position of each token.
         next_position: where the text behind the prefix starts.
+        shown: for the visual tokens in order, the object kind each one shows (index into
+            `objects.NAMES`; anything else = none).
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
     next_position: int
+    shown: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Batch:
         turns: 0 = prefix, k = turn k, -1 = padding.
         labels: next-token targets, -100 = no loss.
         weights: weight of each target.
+        shown: kind of object that a visual token shows, -2 = none or not visual.
+        named: kind of object that a text token behind the prefix names, -1 = none.
     """
 
     ids: torch.Tensor
@@ -54,6 +63,8 @@ class Batch:
     turns: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    shown: torch.Tensor
+    named: torch.Tensor
 
     def mask(self) -> torch.Tensor:
         """Additive attention mask, float32 [B, 1, S, S]: causal, turns apart from each other."""
@@ -73,6 +84,10 @@ class Encoder:
         self._known: dict[str, list[int]] = {}
         ids = tokenizer.convert_tokens_to_ids(["<s>", "<user>", "<assistant>", "</s>"])
         self.bos, self.user, self.assistant, self.eos = ids
+        self._named = np.full(len(tokenizer), _NOT_NAMED)
+        for number, kind in enumerate(OBJECTS):
+            words = tokenizer.convert_tokens_to_ids([kind.name, kind.plural])
+            self._named[words] = number
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -94,7 +109,12 @@ class Encoder:
             columns.append(torch.from_numpy(table))
         ids, positions, turn, labels, weights = columns
         visual = (ids == VISUAL) & (turn == 0)
-        return Batch(ids.clamp(min=0), visual, positions, turn, labels, weights)
+        ids = ids.clamp(min=0)
+        shown = torch.full_like(ids, _NOT_SHOWN)
+        kinds = torch.from_numpy(np.concatenate([np.asarray(p.shown) for p in prefixes]))
+        shown[visual] = kinds.where((kinds >= 0) & (kinds < len(OBJECTS)), _NOT_SHOWN)
+        named = torch.from_numpy(self._named)[ids].where(turn > 0, _NOT_NAMED)
+        return Batch(ids, visual, positions, turn, labels, weights, shown, named)
 
     def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
         ids, positions = list(prefix.ids), list(prefix.positions)
@@ -115,29 +135,47 @@ class Encoder:
 
 def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, visual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted cross-entropy of the answers.
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Weighted cross-entropy of the answers, and how well two heads look at what words name.
 
     Args:
         visual: visual tokens of the whole batch in reading order [total, C].
 
     Returns:
-        loss: scalar.
+        losses: "answer", "pointing" and their weighted sum "loss", scalars.
         right: bool [targets], whether each answer token would have been chosen.
     """
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = embeds.masked_scatter(batch.visual[..., None], visual)
-    hidden = model.model.language_model(
+    output = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=batch.mask(),
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
+        output_attentions=True,
+    )
     wanted = batch.labels != _NO_LABEL
-    logits = model.lm_head(hidden[wanted])
+    logits = model.lm_head(output.last_hidden_state[wanted])
     target, weight = batch.labels[wanted], batch.weights[wanted]
-    loss = functional.cross_entropy(logits, target, reduction="none")
-    return (loss * weight).sum() / weight.sum(), logits.argmax(-1) == target
+    each = functional.cross_entropy(logits, target, reduction="none")
+    answer = (each * weight).sum() / weight.sum()
+    pointing = _pointing_loss(batch, output.attentions)
+    losses = {"loss": answer + _POINTING_WEIGHT * pointing, "answer": answer, "pointing": pointing}
+    return losses, logits.argmax(-1) == target
+
+
+def _pointing_loss(batch: Batch, attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Minus log of the attention that naming words pay to the patches that show the object.
+
+    For an object that is not there, the attention paid to the first token counts instead: that
+    is how the decoder comes to know that there is none.
+    """
+    rows, words = (batch.named != _NOT_NAMED).nonzero(as_tuple=True)
+    wanted = batch.shown[rows] == batch.named[rows, words, None]
+    wanted[:, 0] |= ~wanted.any(-1)
+    paid = [attentions[layer][rows, head, words] for layer, head in POINTING_HEADS]
+    shares = [(p * wanted).sum(-1).clamp(min=1e-6) for p in paid]
+    return -torch.stack(shares).log().mean()
 
 
 def turn_accuracy(batch: Batch, right: torch.Tensor, turns: Sequence[Sequence[Question]]) -> dict[str, list[bool]]:

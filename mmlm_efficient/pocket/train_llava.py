@@ -46,13 +46,15 @@ class Seen:
     Attributes:
         features: tower output without CLS, float32 [144, C].
         things: its objects.
-        owner: object index of each patch, -1 = background.
+        owner: object index of each patch [144], -1 = background.
+        shown: kind of object of each patch [144], 64 = background.
         labels: targets of the projector fit (see `labels_of`).
     """
 
     features: torch.Tensor
     things: list[Thing]
     owner: np.ndarray
+    shown: np.ndarray
     labels: dict[str, torch.Tensor]
 
 
@@ -65,8 +67,9 @@ def look(tower: CLIPVisionModel, scenes: list[Scene]) -> list[Seen]:
     for i, item in enumerate(scenes):
         owner, coverage = patch_labels(item)
         owner = np.where(coverage >= 0.25, owner, -1)
+        kinds = np.array([*(NAMES.index(o.name) for o in item.objects), len(NAMES)])
         own = {key: value[i] for key, value in labels.items() if key != "present"}
-        result.append(Seen(hidden[i].clone(), things_of(item), owner, own))
+        result.append(Seen(hidden[i].clone(), things_of(item), owner, kinds[owner], own))
     return result
 
 
@@ -169,7 +172,7 @@ def image_step(
         kept = np.arange(_PATCHES)
         if not full:
             kept = thin_out(seen, rng, keep_empty)
-        prefixes.append(image_prefix(kept, encoder, rng))
+        prefixes.append(image_prefix(kept, seen.shown[kept], encoder, rng))
         features.append(seen.features[torch.from_numpy(kept)])
         turns.append(draw_turns(seen.things, rng, turns_each, KIND_WEIGHTS))
     return encoder.batch(prefixes, turns), torch.cat(features), turns
@@ -193,17 +196,18 @@ def video_step(
     prefixes, turns, features, chosen = [], [], [], []
     keep_empty = 1.0 if full else rng.uniform(0.0, 0.6)
     for frames, times_s in bank.draw_videos(rng, size):
-        kept = []
+        kept, shown = [], []
         seen_at: dict[str, list[int]] = {}
         for frame, time_s in zip(frames, times_s, strict=True):
             for thing in frame.things:
                 seen_at.setdefault(thing.name, []).append(time_s)
-            shown = pool_labels(frame.owner)
-            stay = np.flatnonzero(shown | (rng.random(len(shown)) < keep_empty))
-            chosen.append(stay + len(features) * len(shown))
+            kinds = pool_labels(frame.shown)
+            stay = np.flatnonzero((kinds < len(NAMES)) | (rng.random(len(kinds)) < keep_empty))
+            chosen.append(stay + len(features) * len(kinds))
             kept.append(stay)
+            shown.append(kinds[stay])
             features.append(frame.features)
-        prefixes.append(video_prefix(kept, times_s, encoder))
+        prefixes.append(video_prefix(kept, shown, times_s, encoder))
         turns.append(draw_video_turns(seen_at, rng, 9))
     return (
         encoder.batch(prefixes, turns),
@@ -240,7 +244,10 @@ def train(
         {"text": model.model.language_model, "head": model.lm_head, "projector": projector}
     )
 
-    def losses(rng: np.random.Generator, number: int) -> tuple[Batch, torch.Tensor, torch.Tensor, list[list[Question]]]:
+    def forward(
+        rng: np.random.Generator, number: int
+    ) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor, list[list[Question]]]:
+        """Every second step shows all patches, every fifth videos."""
         full = number % 2 == 0
         if number % 5 == 4:
             batch, features, chosen, turns = video_step(encoder, bank, rng, size // 2, full=full)
@@ -254,14 +261,14 @@ def train(
 
     def step(number: int) -> dict[str, torch.Tensor]:
         bank.advance(number)
-        _, loss, right, _ = losses(rng_of("train", number, 7, seed), number)
-        return {"loss": loss, "right": right.float().mean()}
+        _, losses, right, _ = forward(rng_of("train", number, 7, seed), number)
+        return losses | {"right": right.float().mean()}
 
     def probe() -> dict[str, float]:
         found: dict[str, list[bool]] = {}
         for number in (0, 10, 20, 4, 14):
             rng = rng_of("heldout", number, 8)
-            batch, _, right, turns = losses(rng, number)
+            batch, _, right, turns = forward(rng, number)
             for kind, values in turn_accuracy(batch, right, turns).items():
                 found.setdefault(kind, []).extend(values)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}

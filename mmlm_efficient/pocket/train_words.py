@@ -119,12 +119,15 @@ def thin_out(owner: np.ndarray, rng: np.random.Generator, *, middle: np.ndarray)
     return np.flatnonzero(kept)
 
 
-def image_prefix(kept: np.ndarray, encoder: Encoder, rng: np.random.Generator, total: int = GRID * GRID) -> Prefix:
+def image_prefix(
+    kept: np.ndarray, shown: np.ndarray, encoder: Encoder, rng: np.random.Generator
+) -> Prefix:
     """Prefix of one picture, at original or at compact positions by chance."""
     original = rng.random() < 0.5
     positions = (2 + kept).tolist() if original else list(range(2, 2 + len(kept)))
     ids = [encoder.bos, encoder.user, *[VISUAL] * len(kept)]
-    return Prefix(ids, [0, 1, *positions], 2 + (total if original else len(kept)))
+    length = GRID * GRID if original else len(kept)
+    return Prefix(ids, [0, 1, *positions], 2 + length, shown)
 
 
 def draw_turns(things: list[Thing], rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
@@ -150,7 +153,7 @@ def image_batch(
         slip = (rng.random(len(kept)) < 0.02) & (own["owner"] >= 0)
         own["name"] = np.where(slip, rng.integers(0, BACKGROUND, len(kept)), own["name"])
         columns.append(own)
-        prefixes.append(image_prefix(kept, encoder, rng))
+        prefixes.append(image_prefix(kept, own["name"], encoder, rng))
         turns.append(draw_turns(things, rng, 8, _FIRST_KINDS if early else KIND_WEIGHTS))
     labels = {
         key: torch.from_numpy(np.concatenate([c[key] for c in columns])) for key in columns[0]
@@ -158,12 +161,14 @@ def image_batch(
     return encoder.batch(prefixes, turns), labels, turns
 
 
-def video_prefix(kept: list[np.ndarray], times_s: list[int], encoder: Encoder) -> Prefix:
+def video_prefix(
+    kept: list[np.ndarray], shown: list[np.ndarray], times_s: list[int], encoder: Encoder
+) -> Prefix:
     """Prefix of several frames, each preceded by its time as text ("3 s")."""
     ids = [encoder.bos, encoder.user]
     for frame, time_s in zip(kept, times_s, strict=True):
         ids += [*encoder.text(f"{time_s} s"), *[VISUAL] * len(frame)]
-    return Prefix(ids, range(len(ids)), len(ids))
+    return Prefix(ids, range(len(ids)), len(ids), np.concatenate(shown))
 
 
 def draw_video_turns(
@@ -195,18 +200,19 @@ def video_batch(
         rng = rng_of("train", seed * size + k, 5)
         names, spans, times_s = draw_timeline(rng)
         seen: dict[str, list[int]] = {}
-        kept = []
+        kept, shown_kinds = [], []
         for number, time_s in enumerate(times_s):
             shown = [n for n, (a, b) in zip(names, spans, strict=True) if a <= number < b]
             things, patches = layout(shown, rng)
             for thing in things:
                 seen.setdefault(thing.name, []).append(time_s)
-            full = pool_labels(patches["owner"])
-            stay = np.flatnonzero(full | (rng.random(len(full)) < 0.2))
-            chosen.append(stay + len(columns) * len(full))
+            kinds = pool_labels(patches["name"])
+            stay = np.flatnonzero((kinds < BACKGROUND) | (rng.random(len(kinds)) < 0.2))
+            chosen.append(stay + len(columns) * len(kinds))
             kept.append(stay)
+            shown_kinds.append(kinds[stay])
             columns.append(patches | {"patch": np.arange(GRID * GRID)})
-        prefixes.append(video_prefix(kept, times_s, encoder))
+        prefixes.append(video_prefix(kept, shown_kinds, times_s, encoder))
         turns.append(draw_video_turns(seen, rng, 6))
     labels = {key: torch.from_numpy(np.stack([c[key] for c in columns])) for key in columns[0]}
     return (
@@ -217,10 +223,10 @@ def video_batch(
     )
 
 
-def pool_labels(owner: np.ndarray) -> np.ndarray:
-    """Which of the 36 pooled tokens show an object, bool."""
+def pool_labels(names: np.ndarray) -> np.ndarray:
+    """Kind that each of the 36 pooled tokens shows: of its 2 x 2 patches [144] the first object."""
     half = GRID // 2
-    return (owner.reshape(half, 2, half, 2) >= 0).any((1, 3)).ravel()
+    return names.reshape(half, 2, half, 2).min((1, 3)).ravel()
 
 
 def build(seed: int) -> tuple[LlavaForConditionalGeneration, Encoder]:
@@ -265,11 +271,11 @@ def train(out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300
         if not early and number % 5 == 4:
             batch, labels, chosen, _ = video_batch(encoder, number + seed * 10**6, size // 2)
             pooled = pool_patches(vectors(labels, number)).flatten(0, 1)[chosen]
-            loss, right = answer_loss(model, batch, pooled)
-            return {"loss": loss, "right": right.float().mean()}
+            losses, right = answer_loss(model, batch, pooled)
+            return losses | {"right": right.float().mean()}
         batch, labels, _ = image_batch(encoder, number + seed * 10**6, size, early=early)
-        loss, right = answer_loss(model, batch, vectors(labels, number))
-        return {"loss": loss, "right": right.float().mean()}
+        losses, right = answer_loss(model, batch, vectors(labels, number))
+        return losses | {"right": right.float().mean()}
 
     def probe() -> dict[str, float]:
         found: dict[str, list[bool]] = {}

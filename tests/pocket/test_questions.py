@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from mmlm_efficient.errors import SettingsError
-from mmlm_efficient.pocket import KINDS, Question, is_right, questions, scene, video, video_questions
+from mmlm_efficient.pocket import (
+    KINDS,
+    Question,
+    is_right,
+    questions,
+    scene,
+    video,
+    video_questions,
+)
 from mmlm_efficient.pocket.questions import IMAGE_KINDS, VIDEO_KINDS, Thing, ask, ask_video
 
 THINGS = [Thing("cat", 30, 100, 40), Thing("dog", 150, 40, 40), Thing("dog", 100, 160, 40)]

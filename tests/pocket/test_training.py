@@ -49,23 +49,27 @@ def test_packed_turns_equal_prompts_of_their_own() -> None:
     """Several turns behind one prefix give each the loss that it has alone."""
     model, encoder = build(0)
     model.eval()
-    prefix = Prefix([encoder.bos, encoder.user, VISUAL, VISUAL], [0, 1, 2, 9], 12)
+    prefix = Prefix([encoder.bos, encoder.user, VISUAL, VISUAL], [0, 1, 2, 9], 12, [0, 64])
     turns = [Question("is_there", "is there a cat?", "yes"), Question("list", "list.", "cat, dog")]
     visual = torch.randn(2, 192)
     with torch.no_grad():
-        losses = [answer_loss(model, encoder.batch([prefix], [[t]]), visual)[0] for t in turns]
+        losses = [
+            answer_loss(model, encoder.batch([prefix], [[t]]), visual)[0]["answer"] for t in turns
+        ]
         weights = [encoder.batch([prefix], [[t]]).weights.sum() for t in turns]
         packed, _ = answer_loss(model, encoder.batch([prefix], [turns]), visual)
     expected = sum(a * w for a, w in zip(losses, weights, strict=True)) / sum(weights)
-    assert torch.allclose(packed, expected, atol=1e-5)
+    assert torch.allclose(packed["answer"], expected, atol=1e-5)
 
 
 def test_batch_pads_without_touching_the_sample() -> None:
     encoder = Encoder(build_tokenizer())
-    short, long = Prefix([1, VISUAL], [0, 1], 2), Prefix([1, VISUAL, VISUAL], [0, 1, 2], 3)
+    short, long = Prefix([1, VISUAL], [0, 1], 2, [1]), Prefix([1, VISUAL, VISUAL], [0, 1, 2], 3, [1, 64])
     question = [Question("is_there", "is there a cat?", "yes")]
     batch = encoder.batch([short, long], [question, question])
     assert batch.visual.sum(1).tolist() == [1, 2]
+    assert batch.shown.tolist()[1][1:3] == [1, -2] and (batch.shown[1, 3:] == -2).all()
+    assert (batch.named == 1).sum() == 2, "the word cat, kind 1, once in each row"
     assert batch.turns[0, -1] == -1 and batch.labels[0, -1] == -100
     seen = batch.mask()[0, 0] == 0
     assert seen.any(-1).all(), "an empty row of the mask would give NaN"
