@@ -58,6 +58,7 @@ class AnswerStream:
     ) -> None:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._job = _Job(work, watch, streamer)
+        self._over = False
         self._started = False
         self._blanks = ""  # held back: blanks at the end are no part of the answer
         self._thread = threading.Thread(target=self._job.run, name="mmlm-stream", daemon=True)
@@ -71,14 +72,16 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
+        if self._over:
+            raise StopIteration
         for piece in self._job.streamer:
             text = self._without_outer_blanks(piece)
             if text:
                 return text
+        self._over = True
         self._thread.join()
         if self._job.error is not None:
-            error, self._job.error = self._job.error, None
-            raise error
+            raise self._job.error
         raise StopIteration
 
     def _without_outer_blanks(self, piece: str) -> str:
