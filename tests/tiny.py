@@ -100,15 +100,24 @@ def tiny_llava(
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
-    # Larger weights than the init gives: patches and words then really differ.
+    # Larger weights than the init gives: patches, images and words then really differ.
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "position_embedding" not in name:
-                weight.mul_(2.0 if "embed_tokens" in name else 6.0)
+                weight.mul_(_scale(name))
     generation = model.generation_config
     generation.pad_token_id = PAD_TOKEN
     generation.eos_token_id = None
     return model
+
+
+def _scale(name: str) -> float:
+    """How much larger than its init a weight matrix is."""
+    if "embed_tokens" in name:
+        return 2.0
+    if "language_model" in name:
+        return 5.0
+    return 9.0 if "q_proj" in name or "k_proj" in name else 3.0
 
 
 def tokens_per_image(model: LlavaForConditionalGeneration) -> int:

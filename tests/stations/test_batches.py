@@ -73,9 +73,7 @@ def single(parts: LMMParts, name: str, sample: int, pixels: torch.Tensor) -> Pre
     ("tower", "text", "attn"),
     [
         ("clip", "llama", "sdpa"),
-        ("clip", "mistral", "eager"),
-        ("siglip", "qwen2", "sdpa"),
-        ("siglip", "llama", "eager"),
+        ("siglip", "qwen2", "eager"),
     ],
 )
 def test_forward_equals_single(
@@ -109,9 +107,11 @@ def test_forward_equals_single(
                 image += 1
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("text", tiny.TEXTS)
+@pytest.mark.parametrize(
+    ("text", "use_cache"),
+    [("llama", True), ("llama", False), ("mistral", True), ("qwen2", True)],
+)
 def test_generate_equals_single(text: str, name: str, use_cache: bool) -> None:
     model = tiny.tiny_llava("clip", text)
     pixels = tiny.images(5)
