@@ -1,0 +1,260 @@
+"""The command line: answers, tables, exit codes, and one clean message per mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from mmlm_efficient import cli
+from tests.tiny_processor import picture, save_tiny
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def mmlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mmlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    picture().save(path)
+    return path
+
+
+QUESTION = ("--question", "where cat ?", "--max-new-tokens", 5)
+
+
+def test_ask(mmlm: Run, model: Path, image: Path) -> None:
+    result = mmlm("ask", "--model", model, "--image", image, *QUESTION, "--method", "flowcut:9")
+    assert result.code == 0
+    assert len(result.out.split()) == 5
+    assert "9 of 36 visual tokens" in result.err
+
+
+def test_ask_json_and_stream_agree(mmlm: Run, model: Path, image: Path) -> None:
+    common = ("ask", "--model", model, "--image", image, *QUESTION)
+    method = ("--method", "flowcut", "--keep-tokens", 9)
+    answer = json.loads(mmlm(*common, *method, "--json").out)
+    assert answer["methods"] == ["flowcut"]
+    assert answer["usage"]["visual_tokens_kept"]["layer"] == 9
+    assert len(answer["images"][0]["kept"]) == 9
+    assert mmlm(*common, *method, "--stream").out == answer["text"] + "\n"
+    half = json.loads(mmlm(*common, "--method", "random", "--keep-ratio", 0.5, "--json").out)
+    assert half["usage"]["visual_tokens_kept"]["layer"] == 18
+
+
+def test_ask_about_several_images_with_a_plot(
+    mmlm: Run, model: Path, image: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plots" / "kept.png"
+    images = ("--image", image, "--image", image, "--plot", plot)
+    result = mmlm("ask", "--model", model, *images, *QUESTION, "--method", "uniform:4", "--json")
+    assert [len(one["kept"]) for one in json.loads(result.out)["images"]] == [4, 4]
+    assert Image.open(plot).size[0] > 100
+
+
+def test_ask_with_a_config_file(mmlm: Run, model: Path, image: Path, tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        f"model: {model}\nmethods: [flowcut:9]\ngeneration: {{max_new_tokens: 3, seed: 1}}\n"
+    )
+    common = ("ask", "--config", config, "--image", image, "--question", "where ?", "--json")
+    answer = json.loads(mmlm(*common).out)
+    assert answer["usage"]["completion_tokens"] == 3
+    assert answer["usage"]["visual_tokens_kept"]["layer"] == 9
+    # The command line wins over the file.
+    answer = json.loads(mmlm(*common, "--method", "none", "--set", "max_new_tokens=2").out)
+    assert answer["usage"]["completion_tokens"] == 2
+    assert answer["usage"]["visual_tokens_kept"]["layer"] == 36
+
+
+def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
+    common = ("ask", "--model", model, "--image", image, *QUESTION, "--set", "do_sample=true")
+    outs = [mmlm(*common, "--set", "temperature=2.0", "--seed", seed).out for seed in (4, 4, 5, 6)]
+    assert outs[0] == outs[1]
+    assert len(set(outs)) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("--method", "flowcat:9"), 2, "did you mean 'flowcut'"),
+        (("--method", "flowcut:0"), 2, "keep_tokens must be an integer >= 1"),
+        (("--method", "flowcut", "--keep-tokens", -4), 2, "keep_tokens must be an integer >= 1"),
+        (("--method", "flowcut", "--keep-tokens", 4, "--keep-ratio", 0.5), 2, "give one of them"),
+        (("--method", "flowcut"), 2, "give a budget"),
+        (("--keep-tokens", 4), 2, "belongs to one --method"),
+        (("--method", "flowcut:4", "--keep-ratio", 0.5), 2, "belongs to one --method"),
+        (("--method", "random:4", "--method", "uniform:4"), 2, "'random' and 'uniform'"),
+        (("--set", "temprature=1"), 2, "'temperature'"),
+        (("--set", "nonsense"), 2, "NAME=VALUE"),
+        (("--dtype", "float8"), 2, "'float8' is unknown"),
+        (("--device", "gpu"), 2, "'gpu' is unknown"),
+        (("--quantization", "int4"), 2, "'int8', 'nf4'"),
+        (("--config", "nowhere"), 2, "neither a file nor a preset"),
+        (("--json", "--stream"), 2, "use one of them"),
+        (("--plot", "kept.png"), 2, "no --image"),
+        (("--image", "gone.png"), 1, "gone.png: no such file"),
+        (("--question", " "), 1, "question: is empty"),
+        (("--question", "<image> where"), 1, "holds 1 <image>"),
+        (("--model", "nobody"), 1, "'pocket', an existing folder, nor a hub id"),
+        (("--unknown",), 2, "No such option"),
+        (("--keep-tokens", "many"), 2, "--keep-tokens"),
+    ],
+)
+def test_mistakes(
+    mmlm: Run, model: Path, arguments: tuple[object, ...], code: int, part: str
+) -> None:
+    result = mmlm("ask", "--model", model, *QUESTION, *arguments)
+    assert result.code == code
+    assert part in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_no_command_shows_the_help(mmlm: Run) -> None:
+    result = mmlm()
+    assert result.code == 2
+    assert "demo" in result.out + result.err
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("ask",), ("demo",), ("models",), ("methods",), ("train", "pocket"), ("bench",)]
+)
+def test_help_shows_an_example(mmlm: Run, command: tuple[str, ...]) -> None:
+    result = mmlm(*command, "--help")
+    assert result.code == 0
+    assert "Example: mmlm" in result.out
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys\nfrom mmlm_efficient import cli\nsys.argv = ['mmlm', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'cv2'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_methods(mmlm: Run) -> None:
+    table = mmlm("methods").out
+    for part in ("flowcut", "2505.19536", "tower", "llava", "keep_tokens"):
+        assert part in table
+    rows = {row["name"]: row for row in json.loads(mmlm("methods", "--json").out)}
+    assert rows["flowcut"]["stations"] == ["tower", "layer"]
+    assert rows["none"]["families"] == "all"
+    assert "seed" in rows["random"]["options"]
+
+
+def test_models(mmlm: Run) -> None:
+    table = mmlm("models").out
+    assert "pocket" in table
+    assert "flowcut-llava15-64" in table
+    plain = json.loads(mmlm("models", "--json").out)
+    assert plain["families"][0]["name"] == "llava"
+    assert "flowcut-llava15-64" in plain["presets"]
+
+
+def test_demo(mmlm: Run, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "kept.png"
+    result = mmlm("demo", "--model", model, "--output", output)
+    assert result.code == 0
+    for part in ("unpruned", "flowcut", "random", "36 (100.0%)", "18 (50.0%)", "4 (11.1%)"):
+        assert part in result.out
+    assert f"Drew {output}" in result.out
+    assert Image.open(output).size[0] > 400
+    assert Image.open(tmp_path / "kept_cuts.png").size[0] > 200
+
+
+@pytest.mark.slow
+def test_demo_json(mmlm: Run, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "kept.png"
+    plain = json.loads(mmlm("demo", "--model", model, "--output", output, "--json").out)
+    assert len(plain["questions"]) == 4
+    assert [row["visual_tokens_kept"] for row in plain["rows"]] == [36, 18, 9, 4, 18, 9, 4]
+    assert len({row["kv_bytes"] for row in plain["rows"]}) == 4
+
+
+def test_train_passes_its_options_on(
+    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train = pytest.importorskip("mmlm_efficient.pocket.train")
+    seen: dict[str, object] = {}
+
+    def fake(out: Path, **options: object) -> Path:
+        seen.update(options)
+        return out / "weights"
+
+    monkeypatch.setattr(train, "train_pocket", fake)
+    result = mmlm("train", "pocket", "--out", tmp_path, "--seed", 3, "--threads", 1)
+    assert result.out == f"{tmp_path / 'weights'}\n"
+    assert seen == {"seed": 3, "threads": 1, "scale": 1.0}
+
+
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None) -> None:
+    """Pretend that the package lies in a folder with or without benchmarks."""
+    if source is not None:
+        folder = tmp_path / "benchmarks"
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "toy.py").write_text(source)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "mmlm_efficient" / "cli.py"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_bench_runs_and_passes_arguments_on(
+    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = "def main(argv):\n    print(argv)\n    return 0 if argv else 1\n"
+    checkout(tmp_path, monkeypatch, source)
+    assert mmlm("bench", "toy", "--rounds", 3) == Result(0, "['--rounds', '3']\n", "")
+    assert mmlm("bench", "toy").code == 1
+    result = mmlm("bench", "toi")
+    assert result.code == 2
+    assert "Did you mean 'toy'" in result.err
+
+
+def test_bench_outside_a_checkout(
+    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkout(tmp_path, monkeypatch, None)
+    result = mmlm("bench", "flowcut")
+    assert result.code == 2
+    assert "Clone the repository" in result.err
