@@ -51,7 +51,7 @@ def build_model(text: LlamaConfig, image_token_id: int, seed: int) -> LlavaForCo
     config = LlavaConfig(
         vision_config=vision_config(),
         text_config=text,
-        image_token_id=image_token_id,
+        image_token_index=image_token_id,
         image_seq_length=(IMAGE_PX // PATCH_PX) ** 2,
         projector_hidden_act="relu",
         vision_feature_layer=-1,

@@ -12,7 +12,7 @@ from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 
-# name, plural, code point of the emoji in Microsoft's Fluent 3D set (MIT licence, see assets/LICENSE)
+# name, plural, code point in Microsoft's Fluent 3D emoji set (MIT licence, see assets/LICENSE)
 _TABLE = """
 dog dogs 1f436|cat cats 1f431|mouse mice 1f42d|rabbit rabbits 1f430|fox foxes 1f98a
 bear bears 1f43b|panda pandas 1f43c|tiger tigers 1f42f|lion lions 1f981|cow cows 1f42e

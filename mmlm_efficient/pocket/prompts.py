@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -20,7 +21,9 @@ from mmlm_efficient.pocket.questions import Question
 VISUAL = -1  # stands for "a visual token" in a prefix
 _NO_LABEL = -100
 _NOT_SHOWN, _NOT_NAMED = -2, -1
-POINTING_HEADS = ((1, 0), (2, 0))  # (layer, head) that learn to look at what a word names
+# (layer, head) that learn to look at what a word names, and at what the next word is about
+POINTING_HEADS = ((1, 0), (2, 0))
+AIMING_HEADS = ((3, 0), (4, 0))
 _POINTING_WEIGHT = 0.3
 
 
@@ -39,7 +42,7 @@ class Prefix:
     ids: Sequence[int]
     positions: Sequence[int]
     next_position: int
-    shown: Sequence[int]
+    shown: Sequence[int] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Batch:
         weights: weight of each target.
         shown: kind of object that a visual token shows, -2 = none or not visual.
         named: kind of object that a text token behind the prefix names, -1 = none.
+        about: kind of object that the target of a token is about, -1 = none: the kind that it
+            names, or else the only kind that its question names.
     """
 
     ids: torch.Tensor
@@ -65,6 +70,7 @@ class Batch:
     weights: torch.Tensor
     shown: torch.Tensor
     named: torch.Tensor
+    about: torch.Tensor
 
     def mask(self) -> torch.Tensor:
         """Additive attention mask, float32 [B, 1, S, S]: causal, turns apart from each other."""
@@ -82,12 +88,19 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
-        ids = tokenizer.convert_tokens_to_ids(["<s>", "<user>", "<assistant>", "</s>"])
-        self.bos, self.user, self.assistant, self.eos = ids
+        self.bos, self.user = self.token("<s>"), self.token("<user>")
+        self.assistant, self.eos = self.token("<assistant>"), self.token("</s>")
         self._named = np.full(len(tokenizer), _NOT_NAMED)
         for number, kind in enumerate(OBJECTS):
-            words = tokenizer.convert_tokens_to_ids([kind.name, kind.plural])
-            self._named[words] = number
+            self._named[[self.token(kind.name), self.token(kind.plural)]] = number
+        # far apart for tokens that are no numbers, so that these are never "off by one"
+        self.numbers = torch.arange(len(tokenizer)) * 1000
+        for number in range(100):
+            self.numbers[self.token(str(number))] = -number
+
+    def token(self, piece: str) -> int:
+        """Id of a piece of the vocabulary."""
+        return int(self.tokenizer.get_vocab()[piece])
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -99,7 +112,7 @@ class Encoder:
         """Pad prefixes with their questions to one batch (padding at the end)."""
         rows = [self._row(p, t) for p, t in zip(prefixes, turns, strict=True)]
         longest = max(len(row[0]) for row in rows)
-        fills = (0, 0, -1, _NO_LABEL, 0.0)
+        fills = (0, 0, -1, _NO_LABEL, 0.0, _NOT_NAMED)
         columns = []
         for k, fill in enumerate(fills):
             kind = np.float32 if isinstance(fill, float) else np.int64
@@ -107,19 +120,20 @@ class Encoder:
             for i, row in enumerate(rows):
                 table[i, : len(row[k])] = row[k]
             columns.append(torch.from_numpy(table))
-        ids, positions, turn, labels, weights = columns
+        ids, positions, turn, labels, weights, about = columns
         visual = (ids == VISUAL) & (turn == 0)
         ids = ids.clamp(min=0)
         shown = torch.full_like(ids, _NOT_SHOWN)
         kinds = torch.from_numpy(np.concatenate([np.asarray(p.shown) for p in prefixes]))
         shown[visual] = kinds.where((kinds >= 0) & (kinds < len(OBJECTS)), _NOT_SHOWN)
         named = torch.from_numpy(self._named)[ids].where(turn > 0, _NOT_NAMED)
-        return Batch(ids, visual, positions, turn, labels, weights, shown, named)
+        return Batch(ids, visual, positions, turn, labels, weights, shown, named, about)
 
     def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
         ids, positions = list(prefix.ids), list(prefix.positions)
         turn = [0] * len(ids)
         labels, weights = [_NO_LABEL] * len(ids), [0.0] * len(ids)
+        about = [_NOT_NAMED] * len(ids)
         for number, question in enumerate(questions, start=1):
             asked = [*self.text(question.text), self.assistant]
             answer = [*self.text(question.answer), self.eos]
@@ -130,20 +144,28 @@ class Encoder:
             labels += [_NO_LABEL] * (len(asked) - 1) + answer
             # long answers should count more than short ones, but not in proportion
             weights += [0.0] * (len(asked) - 1) + [len(answer) ** -0.5] * len(answer)
-        return ids, positions, turn, labels, weights  # type: ignore[return-value]
+            about += [_NOT_NAMED] * (len(asked) - 1) + self._about(asked, answer)
+        return ids, positions, turn, labels, weights, about  # type: ignore[return-value]
+
+    def _about(self, asked: list[int], answer: list[int]) -> list[int]:
+        """Kind of object that each answer token is about, see `Batch.about`."""
+        kinds = {int(kind) for kind in self._named[asked] if kind != _NOT_NAMED}
+        single = kinds.pop() if len(kinds) == 1 else _NOT_NAMED
+        said = [int(kind) for kind in self._named[answer]]
+        return [kind if kind != _NOT_NAMED else single for kind in said]
 
 
 def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, visual: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Weighted cross-entropy of the answers, and how well two heads look at what words name.
+    """Weighted cross-entropy of the answers, and how well some heads look where they should.
 
     Args:
         visual: visual tokens of the whole batch in reading order [total, C].
 
     Returns:
-        losses: "answer", "pointing" and their weighted sum "loss", scalars.
-        right: bool [targets], whether each answer token would have been chosen.
+        losses: "answer", "pointing", "aiming" and their weighted sum "loss", scalars.
+        said: int64 [targets], the token that would have been chosen for each target.
     """
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = embeds.masked_scatter(batch.visual[..., None], visual)
@@ -159,33 +181,53 @@ def answer_loss(
     target, weight = batch.labels[wanted], batch.weights[wanted]
     each = functional.cross_entropy(logits, target, reduction="none")
     answer = (each * weight).sum() / weight.sum()
-    pointing = _pointing_loss(batch, output.attentions)
-    losses = {"loss": answer + _POINTING_WEIGHT * pointing, "answer": answer, "pointing": pointing}
-    return losses, logits.argmax(-1) == target
+    pointing = _looking_loss(batch, batch.named, output.attentions, POINTING_HEADS)
+    aiming = _looking_loss(batch, batch.about, output.attentions, AIMING_HEADS)
+    loss = answer + _POINTING_WEIGHT * (pointing + aiming)
+    losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming}
+    return losses, logits.argmax(-1)
 
 
-def _pointing_loss(batch: Batch, attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Minus log of the attention that naming words pay to the patches that show the object.
+def _looking_loss(
+    batch: Batch,
+    kinds: torch.Tensor,
+    attentions: tuple[torch.Tensor, ...],
+    heads: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Minus log of the attention that tokens pay to the patches that show their kind of object.
 
     For an object that is not there, the attention paid to the first token counts instead: that
     is how the decoder comes to know that there is none.
+
+    Args:
+        kinds: kind of object that each token should look at [B, S], -1 = any.
+        heads: the (layer, head) pairs that are taught.
     """
-    rows, words = (batch.named != _NOT_NAMED).nonzero(as_tuple=True)
-    wanted = batch.shown[rows] == batch.named[rows, words, None]
+    rows, words = (kinds != _NOT_NAMED).nonzero(as_tuple=True)
+    wanted = batch.shown[rows] == kinds[rows, words, None]
     wanted[:, 0] |= ~wanted.any(-1)
-    paid = [attentions[layer][rows, head, words] for layer, head in POINTING_HEADS]
+    paid = [attentions[layer][rows, head, words] for layer, head in heads]
     shares = [(p * wanted).sum(-1).clamp(min=1e-6) for p in paid]
     return -torch.stack(shares).log().mean()
 
 
-def turn_accuracy(batch: Batch, right: torch.Tensor, turns: Sequence[Sequence[Question]]) -> dict[str, list[bool]]:
-    """Whether every token of each answer was right (teacher-forced), by kind."""
+def turn_accuracy(
+    batch: Batch, said: torch.Tensor, turns: Sequence[Sequence[Question]], encoder: Encoder
+) -> dict[str, list[bool]]:
+    """Whether every token of each answer was right (teacher-forced), by kind.
+
+    Positions may be off by one bin, as in `questions.is_right`.
+    """
     wanted = batch.labels != _NO_LABEL
-    ok = torch.ones_like(wanted)
-    ok[wanted] = right
+    right, near = torch.ones_like(wanted), torch.ones_like(wanted)
+    labels = batch.labels[wanted]
+    right[wanted] = said == labels
+    gap = (encoder.numbers[said] - encoder.numbers[labels]).abs()
+    near[wanted] = (said == labels) | (gap <= 1)
     result: dict[str, list[bool]] = {}
     for i, questions in enumerate(turns):
         for number, question in enumerate(questions, start=1):
             mine = wanted[i] & (batch.turns[i] == number)
+            ok = near if question.kind == "where_is" else right
             result.setdefault(question.kind, []).append(bool(ok[i][mine].all()))
     return result

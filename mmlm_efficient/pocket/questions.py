@@ -174,9 +174,7 @@ def ask(kind: str, things: list[Thing], rng: np.random.Generator) -> Question | 
     return _ASKERS[kind](things, rng)
 
 
-def ask_video(
-    kind: str, seen: dict[str, list[int]], rng: np.random.Generator
-) -> Question | None:
+def ask_video(kind: str, seen: dict[str, list[int]], rng: np.random.Generator) -> Question | None:
     """A question of one video kind; `seen` maps names to the seconds at which they are seen."""
     if kind not in VIDEO_KINDS:
         raise SettingsError(f"kind={kind!r} is unknown; use some of {', '.join(VIDEO_KINDS)}")
@@ -231,7 +229,9 @@ def _absent(present: object, rng: np.random.Generator) -> str:
     return name
 
 
-def _say(kind: str, phrase: str, answer: str, rng: np.random.Generator, **words: object) -> Question:
+def _say(
+    kind: str, phrase: str, answer: str, rng: np.random.Generator, **words: object
+) -> Question:
     """Fill one of the phrasings."""
     name = words.get("name")
     if isinstance(name, str):
@@ -300,7 +300,7 @@ def _extreme(things: list[Thing], rng: np.random.Generator) -> Question | None:
 
 def _relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
     candidates = _unique(things)
-    rng.shuffle(candidates)  # type: ignore[arg-type]
+    rng.shuffle(candidates)
     if len(candidates) < 2:
         return None
     one, other = candidates[:2]

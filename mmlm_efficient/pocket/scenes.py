@@ -7,6 +7,7 @@ composed while training, which only uses the split "train".
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -222,7 +223,7 @@ def draw_timeline(
         times = [int(t) for t in np.cumsum(steps) - steps[:1]]
     else:
         times = [int(t) for t in times_s]
-    if len(times) < 2 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)):
         raise SettingsError(f"a video needs 2 or more strictly increasing times, got {times}")
     names = [NAMES[i] for i in rng.choice(len(NAMES), size=int(rng.integers(2, 5)), replace=False)]
     ends = range(len(times) + 1)
@@ -254,12 +255,14 @@ def background(rng: np.random.Generator, side_px: int = IMAGE_PX) -> npt.NDArray
     side = int(rng.integers(2, 7))
     tint = rng.integers(60, 200, size=3)
     clouds = (0.4 * tint + 0.6 * rng.integers(30, 236, size=(side, side, 3))).astype(np.uint8)
-    pixels = cv2.resize(clouds, (side_px, side_px), interpolation=cv2.INTER_LINEAR)
+    pixels: npt.NDArray[np.uint8] = np.asarray(
+        cv2.resize(clouds, (side_px, side_px), interpolation=cv2.INTER_LINEAR), np.uint8
+    )
     for _ in range(int(rng.integers(4, 14)) * side_px // IMAGE_PX):
         _scribble(pixels, rng)
     grain = _grain()[int(rng.integers(len(_grain())))][:side_px, :side_px]
     strength = int(rng.integers(0, 3))  # amplitude 4, 8 or 16 of 255
-    return np.asarray(cv2.add(pixels, grain >> (5 - strength), dtype=cv2.CV_8U))
+    return np.asarray(cv2.add(pixels, grain >> (5 - strength), dtype=cv2.CV_8U), np.uint8)
 
 
 def _scribble(pixels: npt.NDArray[np.uint8], rng: np.random.Generator) -> None:
@@ -273,7 +276,7 @@ def _scribble(pixels: npt.NDArray[np.uint8], rng: np.random.Generator) -> None:
     elif kind == 1:
         cv2.line(pixels, (x, y), (a, b), colour, int(rng.integers(1, 6)), cv2.LINE_AA)
     elif kind == 2:
-        corners = rng.integers(-20, 21, size=(3, 2)) + (x, y)
+        corners = rng.integers(-20, 21, size=(3, 2)) + np.array([x, y])
         cv2.fillPoly(pixels, [corners.astype(np.int32)], colour, cv2.LINE_AA)
     else:
         cv2.circle(pixels, (x, y), 5 + a // 10, colour, int(rng.integers(1, 4)), cv2.LINE_AA)
@@ -332,7 +335,7 @@ def _draw(
     turn = cv2.getRotationMatrix2D((source / 2, source / 2), angle_deg, 0.94 * size / source)
     turn[:, 2] += size / 2 - source / 2
     if size < source / 2:  # bilinear sampling alone would alias
-        premultiplied = cv2.blur(premultiplied, (3, 3))
+        premultiplied = np.asarray(cv2.blur(premultiplied, (3, 3)), np.float32)
     patch = cv2.warpAffine(premultiplied, turn, (size, size), flags=cv2.INTER_LINEAR)
     window = pixels[y : y + size, x : x + size]
     alpha = patch[..., 3:]

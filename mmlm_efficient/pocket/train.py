@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.errors import SettingsError, require_extra
 from mmlm_efficient.pocket import train_llava, train_tower, train_words
 from mmlm_efficient.pocket.vocabulary import build_processor
 
@@ -47,15 +47,16 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
     def steps(count: int) -> int:
         return max(2, round(count * scale))
 
-    tower = train_tower.train(out, seed=seed, cutout_steps=steps(3600), whole_steps=steps(500))
+    tower = train_tower.train(out, seed=seed, cutout_steps=steps(3000), whole_steps=steps(450))
     model, symbols, encoder = train_words.train(
-        out, seed=seed, steps=steps(2000), early_steps=steps(200)
+        out, seed=seed, steps=steps(1400), early_steps=steps(150)
     )
     train_llava.train(
         model, symbols, encoder, tower, out,
         seed=seed, steps=steps(2400), projector_steps=steps(1000),
         images=max(64, steps(6000)), videos=max(8, steps(600)),
     )  # fmt: skip
+    plot_curves(out, out / "curves.png")
     return export(model, out / "weights")
 
 
@@ -66,7 +67,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    config = model.config.text_config
+    config = model.model.language_model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -74,7 +75,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
         max_new_tokens=64,
     )
     model.set_attn_implementation("sdpa")
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     build_processor().save_pretrained(partial)
     written = sum(f.stat().st_size for f in partial.glob("*.safetensors"))
     if written > MAX_WEIGHTS_BYTES:
@@ -107,12 +108,36 @@ def write_card(folder: Path, results: Mapping[str, Any]) -> None:
     partial.replace(folder / "README.md")
 
 
-def curve(out: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
+def curves(out: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """Held-out accuracies per kind logged while training: stage -> [(step, kind -> accuracy)]."""
     stages: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for path in sorted(out.glob("*.jsonl")):
+    for name in ("tower_cutouts", "tower_whole", "words", "llava"):
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            continue
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        points = [(e["step"], e["accuracy"]) for e in entries if "accuracy" in e]
+        points = {e["step"]: e["accuracy"] for e in entries if "accuracy" in e}
         if points:
-            stages[path.stem] = points
+            stages[name] = sorted(points.items())
     return stages
+
+
+def plot_curves(out: Path, path: Path) -> None:
+    """Draw `curves` as a PNG, one panel per stage.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_extra("matplotlib", "train")
+    from matplotlib.figure import Figure
+
+    stages = curves(out)
+    figure = Figure(figsize=(5 * max(1, len(stages)), 4), layout="constrained")
+    for number, (name, points) in enumerate(stages.items(), start=1):
+        axes = figure.add_subplot(1, len(stages), number)
+        for kind in points[-1][1]:
+            line = [(step, found[kind]) for step, found in points if kind in found]
+            axes.plot(*zip(*line, strict=True), label=kind)
+        axes.set(title=name, xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.02))
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -86,7 +86,9 @@ class Bank:
         self.videos: dict[int, tuple[list[Seen], list[int]]] = {}
         self._sizes = (images, videos)
         start_image, start_video = first_step * _RENEWED_IMAGES, first_step * _RENEWED_VIDEOS
-        for start in tqdm(range(start_image, start_image + images, 32), desc="pictures", mininterval=5):
+        for start in tqdm(
+            range(start_image, start_image + images, 32), desc="pictures", mininterval=5
+        ):
             self._add_images(range(start, min(start + 32, start_image + images)))
         for number in tqdm(range(start_video, start_video + videos), desc="videos", mininterval=5):
             self._add_video(number)
@@ -112,7 +114,9 @@ class Bank:
         first = min(self.images)
         return [self.images[first + int(k)] for k in rng.integers(0, len(self.images), count)]
 
-    def draw_videos(self, rng: np.random.Generator, count: int) -> list[tuple[list[Seen], list[int]]]:
+    def draw_videos(
+        self, rng: np.random.Generator, count: int
+    ) -> list[tuple[list[Seen], list[int]]]:
         """Random videos of the window."""
         first = min(self.videos)
         return [self.videos[first + int(k)] for k in rng.integers(0, len(self.videos), count)]
@@ -163,7 +167,13 @@ def fit_projector(
 
 
 def image_step(
-    encoder: Encoder, bank: Bank, rng: np.random.Generator, size: int, turns_each: int, *, full: bool
+    encoder: Encoder,
+    bank: Bank,
+    rng: np.random.Generator,
+    size: int,
+    turns_each: int,
+    *,
+    full: bool,
 ) -> tuple[Batch, torch.Tensor, list[list[Question]]]:
     """Sequences over pictures of the bank, their tower features [total, C], the questions."""
     prefixes, turns, features = [], [], []
@@ -193,7 +203,8 @@ def video_step(
     encoder: Encoder, bank: Bank, rng: np.random.Generator, size: int, *, full: bool
 ) -> tuple[Batch, torch.Tensor, torch.Tensor, list[list[Question]]]:
     """Sequences over videos: features of all frames [F, 144, C], kept pooled tokens, questions."""
-    prefixes, turns, features, chosen = [], [], [], []
+    prefixes, turns, chosen = [], [], []
+    features: list[torch.Tensor] = []
     keep_empty = 1.0 if full else rng.uniform(0.0, 0.6)
     for frames, times_s in bank.draw_videos(rng, size):
         kept, shown = [], []
@@ -261,15 +272,15 @@ def train(
 
     def step(number: int) -> dict[str, torch.Tensor]:
         bank.advance(number)
-        _, losses, right, _ = forward(rng_of("train", number, 7, seed), number)
-        return losses | {"right": right.float().mean()}
+        _, losses, _, _ = forward(rng_of("train", number, 7, seed), number)
+        return losses
 
     def probe() -> dict[str, float]:
         found: dict[str, list[bool]] = {}
         for number in (0, 10, 20, 4, 14):
             rng = rng_of("heldout", number, 8)
-            batch, _, right, turns = forward(rng, number)
-            for kind, values in turn_accuracy(batch, right, turns).items():
+            batch, _, said, turns = forward(rng, number)
+            for kind, values in turn_accuracy(batch, said, turns, encoder).items():
                 found.setdefault(kind, []).extend(values)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 

@@ -27,7 +27,7 @@ from mmlm_efficient.pocket.scenes import (
     rng_of,
     scene,
 )
-from mmlm_efficient.pocket.trainer import Schedule, run_stage
+from mmlm_efficient.pocket.trainer import Schedule, StepFunction, run_stage
 
 BACKGROUND = len(NAMES)
 _IGNORED = -100
@@ -79,7 +79,8 @@ def tower_hidden(
     patches = patches + table[1 + index.flatten(1)]
     cls = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
     hidden = tower.pre_layrnorm(torch.cat([cls, patches], dim=1))
-    return tower.encoder(inputs_embeds=hidden).last_hidden_state
+    last: torch.Tensor = tower.encoder(inputs_embeds=hidden).last_hidden_state
+    return last
 
 
 def labels_of(scenes: list[Scene], corners: np.ndarray) -> dict[str, torch.Tensor]:
@@ -106,7 +107,9 @@ def labels_of(scenes: list[Scene], corners: np.ndarray) -> dict[str, torch.Tenso
     return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}
 
 
-def _losses(outputs: tuple[torch.Tensor, ...], target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _losses(
+    outputs: tuple[torch.Tensor, ...], target: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     names, x, y, centre, cls = outputs
     per_patch = functional.cross_entropy(
         names.flatten(0, 1), target["name"].flatten(), ignore_index=_IGNORED, reduction="none"
@@ -120,11 +123,13 @@ def _losses(outputs: tuple[torch.Tensor, ...], target: dict[str, torch.Tensor]) 
     )
     middle = functional.binary_cross_entropy_with_logits(centre, target["middle"]) * 10
     seen = functional.binary_cross_entropy_with_logits(cls, target["present"]) * 10
-    loss = name + 0.3 * place + 0.3 * middle + 0.5 * seen
+    loss = name + place + 0.3 * middle + 0.5 * seen
     return {"loss": loss, "name": name, "place": place, "centre": middle, "cls": seen}
 
 
-def batch(step: int, size: int, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def batch(
+    step: int, size: int, *, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Pixels, corners and targets of a training step; a function of the step number alone."""
     compose = scene if whole else cutout
     items = [compose("train", step * size + k) for k in range(size)]
@@ -153,7 +158,9 @@ def accuracy(tower: CLIPVisionModel, heads: TowerHeads, count: int = 128) -> dic
     }
 
 
-def train(out: Path, *, seed: int = 0, cutout_steps: int = 2400, whole_steps: int = 600) -> CLIPVisionModel:
+def train(
+    out: Path, *, seed: int = 0, cutout_steps: int = 3000, whole_steps: int = 450
+) -> CLIPVisionModel:
     """Train the tower in `out` (resumable): cut-outs first, then whole pictures.
 
     Returns:
@@ -165,7 +172,7 @@ def train(out: Path, *, seed: int = 0, cutout_steps: int = 2400, whole_steps: in
     tower, heads = CLIPVisionModel(config), TowerHeads()
     modules = nn.ModuleDict({"tower": tower, "heads": heads})
 
-    def step_of(whole: bool, size: int):  # noqa: ANN202
+    def step_of(whole: bool, size: int) -> StepFunction:
         def step(number: int) -> dict[str, torch.Tensor]:
             pixels, corners, target = batch(number + seed * 10**7, size, whole=whole)
             return _losses(heads(tower_hidden(tower, pixels, corners)), target)
@@ -175,6 +182,16 @@ def train(out: Path, *, seed: int = 0, cutout_steps: int = 2400, whole_steps: in
     def probe() -> dict[str, float]:
         return accuracy(tower, heads)
 
-    run_stage("tower_cutouts", modules, Schedule(cutout_steps, 1.5e-3), step_of(False, 64), out, probe=probe)
-    run_stage("tower_whole", modules, Schedule(whole_steps, 7e-4), step_of(True, 24), out, probe=probe)
-    return tower.eval()
+    run_stage(
+        "tower_cutouts",
+        modules,
+        Schedule(cutout_steps, 1.5e-3),
+        step_of(False, 64),
+        out,
+        probe=probe,
+    )
+    run_stage(
+        "tower_whole", modules, Schedule(whole_steps, 7e-4), step_of(True, 24), out, probe=probe
+    )
+    tower.eval()
+    return tower

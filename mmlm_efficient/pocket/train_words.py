@@ -7,6 +7,7 @@ tokens speak the decoder's language from the start; stage 3 teaches the projecto
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from mmlm_efficient.pocket.scenes import (
     rng_of,
 )
 from mmlm_efficient.pocket.trainer import Schedule, run_stage
-from mmlm_efficient.pocket.vocabulary import IMAGE, build_tokenizer
+from mmlm_efficient.pocket.vocabulary import BOS, EOS, IMAGE, PAD, build_tokenizer
 
 BACKGROUND = len(NAMES)
 _FINE = 4  # sub-samples per patch side when an object's disc is laid over the grid
@@ -71,7 +72,8 @@ class Symbols(nn.Module):
         place = self.x[labels["x"]] + self.y[labels["y"]]
         own = self.row[labels["patch"] // GRID] + self.column[labels["patch"] % GRID]
         middle = labels["middle"][..., None] * self.middle
-        return table[labels["name"]] + thing * place + middle + own
+        total: torch.Tensor = table[labels["name"]] + thing * place + middle + own
+        return total
 
 
 def _smooth_table(count: int, seed: int) -> torch.Tensor:
@@ -80,7 +82,7 @@ def _smooth_table(count: int, seed: int) -> torch.Tensor:
     frequency = torch.rand(TEXT_WIDTH, generator=generator) * 8
     phase = torch.rand(TEXT_WIDTH, generator=generator) * 6.2832
     place = torch.arange(count)[:, None] / count
-    return torch.cos(place * frequency * 3.1416 + phase) * (2 / TEXT_WIDTH) ** 0.5
+    return torch.cos(place * frequency * 3.1416 + phase) * math.sqrt(2 / TEXT_WIDTH)
 
 
 def layout(names: list[str], rng: np.random.Generator) -> tuple[list[Thing], dict[str, np.ndarray]]:
@@ -130,7 +132,9 @@ def image_prefix(
     return Prefix(ids, [0, 1, *positions], 2 + length, shown)
 
 
-def draw_turns(things: list[Thing], rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
+def draw_turns(
+    things: list[Thing], rng: np.random.Generator, count: int, weights: dict[str, float]
+) -> list[Question]:
     """Questions about one picture, kinds drawn by weight."""
     kinds = list(weights)
     share = np.array([weights[kind] for kind in kinds])
@@ -183,8 +187,10 @@ def pool_patches(vectors: torch.Tensor) -> torch.Tensor:
     """Average 2 x 2 neighbours: [F, 144, C] -> [F, 36, C]."""
     frames, _, width = vectors.shape
     half = GRID // 2
-    return vectors.reshape(frames, half, 2, half, 2, width).mean((2, 4)).reshape(
-        frames, half * half, width
+    return (
+        vectors.reshape(frames, half, 2, half, 2, width)
+        .mean((2, 4))
+        .reshape(frames, half * half, width)
     )
 
 
@@ -195,7 +201,8 @@ def video_batch(
 
     The third value indexes the pooled tokens of all frames, flattened [F * 36].
     """
-    prefixes, turns, columns, chosen = [], [], [], []
+    prefixes, turns, chosen = [], [], []
+    columns: list[dict[str, np.ndarray]] = []
     for k in range(size):
         rng = rng_of("train", seed * size + k, 5)
         names, spans, times_s = draw_timeline(rng)
@@ -226,18 +233,19 @@ def video_batch(
 def pool_labels(names: np.ndarray) -> np.ndarray:
     """Kind that each of the 36 pooled tokens shows: of its 2 x 2 patches [144] the first object."""
     half = GRID // 2
-    return names.reshape(half, 2, half, 2).min((1, 3)).ravel()
+    kinds: np.ndarray = names.reshape(half, 2, half, 2).min((1, 3)).ravel()
+    return kinds
 
 
 def build(seed: int) -> tuple[LlavaForConditionalGeneration, Encoder]:
     """Fresh model and encoder; attention starts out looking for tokens that are alike."""
     tokenizer = build_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("pad", "s", "/s")}
-    config = text_config(len(tokenizer), bos=ids["s"], eos=ids["/s"], pad=ids["pad"])
-    model = build_model(config, tokenizer.convert_tokens_to_ids(IMAGE), seed)
+    ids = tokenizer.get_vocab()
+    config = text_config(len(tokenizer), bos=ids[BOS], eos=ids[EOS], pad=ids[PAD])
+    model = build_model(config, ids[IMAGE], seed)
     model.set_attn_implementation("eager")  # SDPA's causal backward is slower on CPUs
     with torch.no_grad():
-        nn.init.normal_(model.get_input_embeddings().weight, std=TEXT_WIDTH**-0.5)
+        nn.init.normal_(model.model.language_model.embed_tokens.weight, std=TEXT_WIDTH**-0.5)
         for layer in model.model.language_model.layers:
             attention = layer.self_attn
             nn.init.normal_(attention.q_proj.weight, std=0.035)
@@ -248,11 +256,13 @@ def build(seed: int) -> tuple[LlavaForConditionalGeneration, Encoder]:
 
 def name_table(model: LlavaForConditionalGeneration, encoder: Encoder) -> torch.Tensor:
     """Word embeddings of the object names [64, C]."""
-    ids = encoder.tokenizer.convert_tokens_to_ids(list(NAMES))
-    return model.get_input_embeddings().weight[ids]
+    table: torch.Tensor = model.model.language_model.embed_tokens.weight
+    return table[[encoder.token(name) for name in NAMES]]
 
 
-def train(out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300, size: int = 32) -> tuple[LlavaForConditionalGeneration, Symbols, Encoder]:
+def train(
+    out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300, size: int = 32
+) -> tuple[LlavaForConditionalGeneration, Symbols, Encoder]:
     """Train decoder and symbols in `out` (resumable)."""
     model, encoder = build(seed)
     symbols = Symbols()
@@ -264,30 +274,31 @@ def train(out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300
         """Noisy symbols of patches."""
         clean = symbols(labels, name_table(model, encoder))
         generator = torch.Generator().manual_seed(noise_seed)
-        return clean + 0.3 * torch.randn(clean.shape, generator=generator) / TEXT_WIDTH**0.5
+        noise = torch.randn(clean.shape, generator=generator) / TEXT_WIDTH**0.5
+        return torch.add(clean, noise, alpha=0.3)
 
     def step(number: int) -> dict[str, torch.Tensor]:
         early = number < early_steps
         if not early and number % 5 == 4:
             batch, labels, chosen, _ = video_batch(encoder, number + seed * 10**6, size // 2)
             pooled = pool_patches(vectors(labels, number)).flatten(0, 1)[chosen]
-            losses, right = answer_loss(model, batch, pooled)
-            return losses | {"right": right.float().mean()}
+            losses, _ = answer_loss(model, batch, pooled)
+            return losses
         batch, labels, _ = image_batch(encoder, number + seed * 10**6, size, early=early)
-        losses, right = answer_loss(model, batch, vectors(labels, number))
-        return losses | {"right": right.float().mean()}
+        losses, _ = answer_loss(model, batch, vectors(labels, number))
+        return losses
 
     def probe() -> dict[str, float]:
         found: dict[str, list[bool]] = {}
         for k in range(4):
             batch, labels, turns = image_batch(encoder, 30_000_000 + k, 48, early=False)
-            _, right = answer_loss(model, batch, vectors(labels, k))
-            for kind, values in turn_accuracy(batch, right, turns).items():
+            _, said = answer_loss(model, batch, vectors(labels, k))
+            for kind, values in turn_accuracy(batch, said, turns, encoder).items():
                 found.setdefault(kind, []).extend(values)
         batch, labels, chosen, turns = video_batch(encoder, 30_000_000, 32)
         pooled = pool_patches(vectors(labels, 0)).flatten(0, 1)[chosen]
-        _, right = answer_loss(model, batch, pooled)
-        found |= turn_accuracy(batch, right, turns)
+        _, said = answer_loss(model, batch, pooled)
+        found |= turn_accuracy(batch, said, turns, encoder)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     run_stage("words", modules, Schedule(steps, 2e-3, probe_every=100), step, out, probe=probe)

@@ -25,7 +25,9 @@ def test_objects_are_nameable_and_shipped_with_their_licence() -> None:
     assert 64 <= len(NAMES) <= 96
     assert len(set(NAMES)) == len(NAMES)
     for kind in OBJECTS:
-        assert kind.name.isalpha() and kind.plural.isalpha() and kind.name != kind.plural
+        assert kind.name.isalpha()
+        assert kind.plural.isalpha()
+        assert kind.name != kind.plural
         assert sprite(kind.name).shape == (96, 96, 4)
     assert "MIT License" in (ASSETS / "LICENSE").read_text()
     with pytest.raises(KeyError, match="known objects: dog"):
@@ -86,7 +88,8 @@ def test_pixels_outside_objects_are_background() -> None:
 def test_number_of_objects() -> None:
     assert len(scene("train", 3, n_objects=1).objects) == 1
     counts = [len(scene("train", k).objects) for k in range(100)]
-    assert min(counts) == 1 and max(counts) == 6
+    assert min(counts) == 1
+    assert max(counts) == 6
 
 
 def test_video_times_and_appearances() -> None:

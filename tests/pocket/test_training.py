@@ -64,13 +64,19 @@ def test_packed_turns_equal_prompts_of_their_own() -> None:
 
 def test_batch_pads_without_touching_the_sample() -> None:
     encoder = Encoder(build_tokenizer())
-    short, long = Prefix([1, VISUAL], [0, 1], 2, [1]), Prefix([1, VISUAL, VISUAL], [0, 1, 2], 3, [1, 64])
+    short, long = (
+        Prefix([1, VISUAL], [0, 1], 2, [1]),
+        Prefix([1, VISUAL, VISUAL], [0, 1, 2], 3, [1, 64]),
+    )
     question = [Question("is_there", "is there a cat?", "yes")]
     batch = encoder.batch([short, long], [question, question])
     assert batch.visual.sum(1).tolist() == [1, 2]
-    assert batch.shown.tolist()[1][1:3] == [1, -2] and (batch.shown[1, 3:] == -2).all()
+    assert batch.shown.tolist()[1][1:3] == [1, -2]
+    assert (batch.shown[1, 3:] == -2).all()
     assert (batch.named == 1).sum() == 2, "the word cat, kind 1, once in each row"
-    assert batch.turns[0, -1] == -1 and batch.labels[0, -1] == -100
+    assert (batch.about == 1).sum() == 4, "both targets (yes, end) of both rows are about it"
+    assert batch.turns[0, -1] == -1
+    assert batch.labels[0, -1] == -100
     seen = batch.mask()[0, 0] == 0
     assert seen.any(-1).all(), "an empty row of the mask would give NaN"
     assert seen[:, -1].nonzero().flatten().tolist() == [seen.shape[0] - 1], "padding is seen"
