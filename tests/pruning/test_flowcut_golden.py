@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaC
 from mmlm_efficient.families.llava import decoder_parts, tower_parts
 from mmlm_efficient.pruning import FlowCut
 from mmlm_efficient.pruning.base import TowerJob
-from mmlm_efficient.pruning.flowcut import FlowCutPass, LayerTerms
 from mmlm_efficient.pruning.flowcut_scores import query_scores
+from mmlm_efficient.pruning.flowcut_tower import FlowCutPass, LayerTerms
 from mmlm_efficient.stations.bridge import Block, PromptLayout
 from mmlm_efficient.stations.layer import LayerCut, LayerRequest, LayerStation, SampleRows
 from mmlm_efficient.stations.tower import TowerStation

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mmlm_efficient.pruning import FlowCut
 from mmlm_efficient.pruning.base import TowerJob
-from mmlm_efficient.pruning.flowcut import FlowCutPass
 from mmlm_efficient.pruning.flowcut_scores import (
     accumulated,
     entropy_ratio,
@@ -22,6 +21,7 @@ from mmlm_efficient.pruning.flowcut_scores import (
     relay_weights,
     value_norm,
 )
+from mmlm_efficient.pruning.flowcut_tower import FlowCutPass
 from mmlm_efficient.stations.tower import TowerRows
 from mmlm_efficient.tokens import top_positions
 

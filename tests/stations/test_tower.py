@@ -260,13 +260,11 @@ def test_threads_with_different_budgets_share_a_model() -> None:
     assert not failures
 
 
-class TestFeatureLayer:
-    def test_a_list_is_refused_inside_the_tower(self) -> None:
-        with LMMParts(tiny.tiny_llava(feature_layer=[-2, -1])) as parts:
-            with pytest.raises(SettingsError, match=r"vision_feature_layer=\[-2, -1\]"):
-                prepared_images(parts, tiny.images(1), FlowCut(keep_tokens=4))
-
-    def test_a_shallow_feature_layer_is_refused(self) -> None:
-        with LMMParts(tiny.tiny_llava(feature_layer=2)) as parts:
-            with pytest.raises(SettingsError, match="needs at least layer 2"):
-                prepared_images(parts, tiny.images(1), FlowCut(keep_tokens=4))
+@pytest.mark.parametrize(
+    ("feature_layer", "message"),
+    [([-2, -1], r"vision_feature_layer=\[-2, -1\]"), (2, "needs at least layer 2")],
+)
+def test_feature_layers_that_cannot_be_pruned(feature_layer: Any, message: str) -> None:
+    model = tiny.tiny_llava(feature_layer=feature_layer)
+    with LMMParts(model) as parts, pytest.raises(SettingsError, match=message):
+        prepared_images(parts, tiny.images(1), FlowCut(keep_tokens=4))
