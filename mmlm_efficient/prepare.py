@@ -322,15 +322,14 @@ def _bridge(prepared: Prepared, pixel_values: Tensor) -> None:
     lead = int(prepared.parts.family.keeps_cls)
     budgets = method.budgets([len(tokens) for tokens in prepared.tokens])
     selected = []
-    for tokens, budget in zip(prepared.tokens, budgets, strict=True):
-        keep = None
-        if budget < len(tokens):
-            # A CLS token always stays, and is one of the budget.
-            patches = tokens.take(torch.arange(lead, len(tokens)))
-            keep = method.select(patches, budget - lead, pixel_values[tokens.image])
-        if keep is not None:
-            keep = torch.cat([torch.arange(lead), keep.to("cpu") + lead])
-        selected.append(tokens if keep is None else tokens.take(keep))
+    for image, budget in enumerate(budgets):
+        tokens = prepared.tokens[image]
+        # A CLS token always stays, and is one of the budget.
+        patches = tokens.take(torch.arange(lead, len(tokens)))
+        keep = method.select(patches, max(0, budget - lead), pixel_values[image])
+        if keep is not None and len(keep) < len(patches):
+            tokens = tokens.take(torch.cat([torch.arange(lead), keep.to("cpu") + lead]))
+        selected.append(tokens)
     prepared.tokens = tuple(selected)
     prepared._seconds["prune_s"] += time.perf_counter() - start
 

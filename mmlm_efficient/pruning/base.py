@@ -165,7 +165,7 @@ class PruningMethod(Method):
 
         Args:
             tokens: the image's patch tokens, after the projector.
-            budget: how many to keep, fewer than there are.
+            budget: how many to keep, at most all of them.
             pixels: [3, H, W] pixel values of the image.
 
         Returns:

@@ -27,7 +27,8 @@ class RandomPruning(PruningMethod):
 
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
         """The first tokens of a random order of the image's tokens."""
-        content = zlib.crc32(pixels.detach().float().cpu().contiguous().numpy().tobytes())
-        generator = torch.Generator().manual_seed(self.seed << 32 | content)
+        content = pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        # One 32-bit number from both: torch's CPU generator ignores higher bits of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(content, self.seed))
         order = torch.randperm(len(tokens), generator=generator)
         return torch.sort(order[:budget]).values

@@ -223,6 +223,7 @@ class LayerRequest:
         if forward.stage > 0:
             if forward.stage not in forward.tables:
                 positions = self._positions(kwargs["position_ids"], layout, hidden)
+                positions = positions.to(hidden.device)
                 forward.tables[forward.stage] = positions, parts.rotary(hidden, positions)
             changed["position_ids"], changed["position_embeddings"] = forward.tables[forward.stage]
             forward.rope = changed["position_embeddings"]
