@@ -1,0 +1,261 @@
+"""What all benchmarks need: the machine in words, fair timing, peak memory, whole files."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+MIB = 2**20
+
+
+# -- where and with what ---------------------------------------------------------------------
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Date, versions and hardware, for the head of every result file."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": _versions(),
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("mmlm-efficient", "torch", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine: processor, cores, memory, and the accelerator if one is used."""
+    described: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["gpu"] = properties.name
+        described["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def machine_line(result: Mapping[str, Any]) -> str:
+    """Hardware, threads and date of a result in one line."""
+    machine = result["hardware"]
+    where = machine.get("gpu") or f"{machine['cpu']} ({machine['cpu_capability']})"
+    threads = "" if "gpu" in machine else f", {result['threads']} thread(s)"
+    return f"{where}{threads}, torch {result['versions']['torch']}, {result['date'][:10]}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+# -- time ------------------------------------------------------------------------------------
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], Mapping[str, float]]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    label: str = "",
+) -> dict[str, list[dict[str, float]]]:
+    """Measure cases in turns (A B A B ...), so that a slow spell of the machine hits them alike.
+
+    Args:
+        cases: by name; each call does its work once and returns seconds by phase.
+        repeats: rounds that count.
+        warmup: rounds before them that do not.
+        label: of the progress bar.
+
+    Returns:
+        For each case its measurements, in order of the rounds.
+    """
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    total = (warmup + repeats) * len(cases)
+    with tqdm(total=total, desc=label, leave=False, disable=None) as bar:
+        for round_ in range(warmup + repeats):
+            for name, case in cases.items():
+                gc.collect()
+                seconds = dict(case())
+                if round_ >= warmup:
+                    measured[name].append(seconds)
+                bar.update()
+    return measured
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Result and seconds of a call, the device's queue finished before and after."""
+    _finish(device)
+    start = time.perf_counter()
+    result = call()
+    _finish(device)
+    return result, time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and all single values of repeated measurements, seconds."""
+    rounded = [round(value, 6) for value in seconds]
+    return {
+        "median_s": round(statistics.median(seconds), 6),
+        "min_s": min(rounded),
+        "max_s": max(rounded),
+        "runs_s": rounded,
+    }
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """seconds / reference: of the medians, and the extremes among the rounds.
+
+    Args:
+        seconds, reference: measurements of the same rounds, in order.
+    """
+    rounds = [one / other for one, other in zip(seconds, reference, strict=True)]
+    return {
+        "of_medians": round(statistics.median(seconds) / statistics.median(reference), 4),
+        "lowest_round": round(min(rounds), 4),
+        "highest_round": round(max(rounds), 4),
+    }
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+
+def peak_tensor_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Most memory that tensors took at one moment of a call, beyond what was there before.
+
+    Counted at torch's own allocator, so it is exact and the same in every run. What libraries
+    allocate past torch (work space of matrix products) is not in it; see `peak_resident_bytes`.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    totals = [
+        (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
+    ]
+    if not totals:
+        return 0
+    _, first_total, first_bytes = min(totals)
+    return int(max(total for _, total, _ in totals) - (first_total - first_bytes))
+
+
+def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
+    """Most resident memory of this process during a call, beyond what it had before.
+
+    What the operating system saw, work space of libraries included; it depends on what the
+    process did before, so give every case a fresh process. None where Linux's high-water mark
+    cannot be reset.
+    """
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    before, mark = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    if before is None or mark is None or mark > before + MIB:
+        return None
+    call()
+    peak = _status_bytes("VmHWM")
+    return None if peak is None else peak - before
+
+
+def _status_bytes(field: str) -> int | None:
+    """A memory figure of this process, bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def in_fresh_process(call: Callable[..., T], *args: Any) -> T:
+    """Run a function of a module in a new process; arguments and result must pickle."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(call, *args).result()
+
+
+# -- arguments and files ---------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Write a result file, readable by people too."""
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a result file."""
+    return json.loads(path.read_text(encoding="utf-8"))

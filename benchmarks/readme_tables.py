@@ -1,0 +1,269 @@
+"""Writes the generated tables of README and docs, from result files and from the code.
+
+A table stands between two marks; everything between them is replaced::
+
+    <!-- table:pocket_accuracy -->
+    <!-- /table -->
+
+    python -m benchmarks.readme_tables            # write
+    python -m benchmarks.readme_tables --check    # fail when something is out of date
+
+A table whose result file does not exist yet stays empty. Marks ``code:PATH`` and ``/code`` show a
+whole file of the repository in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from benchmarks.common import MIB, RESULTS, ROOT, machine_line, read_json, write_text
+from mmlm_efficient.pruning.base import Method
+from mmlm_efficient.pruning.flowcut import FlowCut
+from mmlm_efficient.pruning.registry import METHODS
+
+_MARKED = re.compile(
+    r"(?P<open><!-- table:(?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL
+)
+_CODE = re.compile(
+    r"(?P<open><!-- code:(?P<path>[\w./]+) -->\n)(?P<body>.*?)(?P<close><!-- /code -->)", re.DOTALL
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the tables.
+
+    Returns:
+        0, or 1 when a mark is unknown or (with --check) a table is out of date.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    parser.add_argument("files", nargs="*", type=Path, help="default: README.md and docs/**/*.md")
+    options = parser.parse_args(argv)
+    stale = []
+    for path in options.files or documents():
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = with_tables(before)
+        except KeyError as error:
+            print(f"{path}: {error.args[0]}", file=sys.stderr)
+            return 1
+        if after != before:
+            stale.append(path)
+            if not options.check:
+                write_text(path, after)
+    for path in stale:
+        print(f"{path}: {'out of date' if options.check else 'written'}")
+    if stale and options.check:
+        print("Write them: python -m benchmarks.readme_tables", file=sys.stderr)
+        return 1
+    return 0
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    readme = ROOT / "README.md"
+    return [*([readme] if readme.is_file() else []), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables as they should be.
+
+    Raises:
+        KeyError: a mark names no table or no file.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise KeyError(f"unknown table '{name}'; there are {', '.join(TABLES)}")
+        return match["open"] + TABLES[name]() + match["close"]
+
+    def shown(match: re.Match[str]) -> str:
+        path = ROOT / match["path"]
+        if not path.is_file():
+            raise KeyError(f"no file {match['path']}")
+        code = path.read_text(encoding="utf-8")
+        return f"{match['open']}```python\n{code}```\n{match['close']}"
+
+    return _CODE.sub(shown, _MARKED.sub(replaced, text))
+
+
+# -- tables ----------------------------------------------------------------------------------
+
+
+def methods() -> str:
+    """What there is to choose from, from the registry."""
+    rows = [
+        [
+            f"`{name}`",
+            _what(method),
+            _linked(method.paper),
+            ", ".join(method.stations) or "none",
+            "all" if method.families == "all" else ", ".join(method.families),
+        ]
+        for name, method in METHODS.items()
+    ]
+    return _table(["method", "what it does", "paper", "stations", "families"], rows)
+
+
+def flowcut_settings() -> str:
+    """The fields of FlowCut."""
+    rows = [
+        [f"`{name}`", _default(field), _described(field)]
+        for name, field in FlowCut.model_fields.items()
+    ]
+    return _table(["setting", "default", "what"], rows)
+
+
+def pocket_accuracy() -> str:
+    """Accuracy by method, position rule and tokens kept."""
+    path = RESULTS / "pocket_accuracy.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    unpruned = result["rows"][0]
+    pruned = result["rows"][1:]
+    budgets = sorted({row["keep_tokens"] for row in pruned}, reverse=True)
+    groups = dict.fromkeys((row["method"], row["position_ids"]) for row in pruned)
+    found = {(row["method"], row["position_ids"], row["keep_tokens"]): row for row in pruned}
+    rows = [["unpruned", "", _percent(unpruned["overall"]["accuracy"]), *[""] * len(budgets)]]
+    for method, positions in groups:
+        cells = [_accuracy(found.get((method, positions, tokens))) for tokens in budgets]
+        rows.append([method, positions, "", *cells])
+    head = ["method", "position ids", f"{unpruned['keep_tokens']} tokens", *map(str, budgets)]
+    return _table(head, rows) + (
+        f"\nShare of right answers, in brackets the difference to unpruned in points. "
+        f"{result['scenes']:,} held-out scenes, {result['questions']:,} questions; 95 % intervals "
+        f"and every question kind are in `{_shown(path)}`. {machine_line(result)}.\n"
+    )
+
+
+def flowcut_bench() -> str:
+    """Time and memory, from the CPU's result file and the GPU's if there is one."""
+    parts = []
+    for name in ("flowcut_bench.json", "flowcut_bench_gpu.json"):
+        path = RESULTS / name
+        if path.is_file():
+            result = read_json(path)
+            parts += [_tower(result["tower"])] if "tower" in result else []
+            parts += [_prefill(result["prefill"])] if "prefill" in result else []
+            parts.append(f"Random weights. {machine_line(result)}; from `{_shown(path)}`.\n")
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "flowcut_settings": flowcut_settings,
+    "pocket_accuracy": pocket_accuracy,
+    "flowcut_bench": flowcut_bench,
+}
+
+
+# -- parts -----------------------------------------------------------------------------------
+
+
+def _tower(part: Mapping[str, Any]) -> str:
+    size = part["tower"]
+    patches = (size["image_px"] // size["patch_px"]) ** 2
+    rows = [
+        [
+            f"seconds, {_attention(case['contrast'])}",
+            f"{case['stock']['median_s']:.3f}",
+            f"{case['flowcut']['median_s']:.3f}",
+            f"{case['time_ratio']['of_medians']:.3f}",
+        ]
+        for case in part["cases"]
+    ]
+    tensors = part["memory"]["tensors"]
+    rows.append(
+        [
+            "peak MiB beyond the weights",
+            f"{tensors['stock_bytes'] / MIB:.1f}",
+            f"{tensors['flowcut_bytes'] / MIB:.1f}",
+            f"{1 + tensors['extra']:.3f}",
+        ]
+    )
+    title = f"tower of {size['layers']} layers, {part['keep_tokens']} of {patches} tokens kept"
+    return _table([title, "stock", "FlowCut", "ratio"], rows)
+
+
+def _attention(contrast: float) -> str:
+    if contrast == 1.0:
+        return "even attention (the dearest case)"
+    return f"attention sharpened x{contrast:g}"
+
+
+def _prefill(part: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            str(case["visual_tokens"]),
+            f"{case['tower']['median_s']:.3f}",
+            f"{case['prefill']['median_s']:.3f}",
+            f"{case['prefill_speed_up']:.2f}x",
+            f"{case['flop_speed_up']:.2f}x",
+            f"{case['first_token_speed_up']:.2f}x",
+            f"{case['decode_speed_up']:.2f}x",
+            f"{case['kv_bytes'] / MIB:.1f}",
+        ]
+        for case in part["cases"]
+    ]
+    head = ["visual tokens", "tower s", "prefill s", "prefill faster", "by FLOPs"]
+    head += ["first token faster", "each further token faster", "KV cache MiB"]
+    note = f"\nPrefill: {part['scale']}; {part['text_tokens']} text tokens; {part['dtype']}.\n"
+    return _table(head, rows) + note
+
+
+def _what(method: type[Method]) -> str:
+    """First paragraph of the method's file."""
+    text = inspect.getdoc(inspect.getmodule(method)) or ""
+    return text.split("\n\n")[0].replace("\n", " ").rstrip(".")
+
+
+def _linked(paper: str) -> str:
+    """The arXiv number as a link."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default()
+    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value!r}`"
+
+
+def _described(field: FieldInfo) -> str:
+    """Description, and the allowed words where there are some."""
+    words = [arg for arg in get_args(field.annotation) if isinstance(arg, str)]
+    text = field.description or ""
+    return f"{text}; one of {', '.join(f'`{word}`' for word in words)}" if words else text
+
+
+def _accuracy(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    difference = 100 * row["to_unpruned"]["difference"]
+    return f"{_percent(row['overall']['accuracy'])} ({difference:+.1f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
