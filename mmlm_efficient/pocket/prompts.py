@@ -21,8 +21,11 @@ from mmlm_efficient.pocket.questions import Question
 VISUAL = -1  # stands for "a visual token" in a prefix
 _NO_LABEL = -100
 _NOT_SHOWN, _NOT_NAMED = -2, -1
-# (layer, head) that learn to look at what a word names, and at what the next word is about
+# (layer, head) that learn where to look: a frame's patches at its time, words at what they name,
+# answers at the question's first and last key word (a name or a number) and at what they are about
+CLOCK_HEADS = ((0, 0),)
 POINTING_HEADS = ((1, 0), (2, 0))
+FIRST_KEY_HEADS, LAST_KEY_HEADS = ((2, 1),), ((2, 2),)
 AIMING_HEADS = ((3, 0), (4, 0))
 _POINTING_WEIGHT = 0.3
 
@@ -37,12 +40,15 @@ class Prefix:
         next_position: where the text behind the prefix starts.
         shown: for the visual tokens in order, the object kind each one shows (index into
             `objects.NAMES`; anything else = none).
+        clocks: for the visual tokens in order, where in `ids` the time of their frame stands;
+            empty for a picture.
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
     next_position: int
     shown: Sequence[int] | npt.NDArray[np.int64]
+    clocks: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class Batch:
         named: kind of object that a text token behind the prefix names, -1 = none.
         about: kind of object that the target of a token is about, -1 = none: the kind that it
             names, or else the only kind that its question names.
+        first_key, last_key: column of the question's first and last key word, for tokens with a
+            target; -1 = none.
+        clock: column of the time of a visual token's frame, -1 = none.
     """
 
     ids: torch.Tensor
@@ -71,6 +80,9 @@ class Batch:
     shown: torch.Tensor
     named: torch.Tensor
     about: torch.Tensor
+    first_key: torch.Tensor
+    last_key: torch.Tensor
+    clock: torch.Tensor
 
     def mask(self) -> torch.Tensor:
         """Additive attention mask, float32 [B, 1, S, S]: causal, turns apart from each other."""
@@ -97,6 +109,8 @@ class Encoder:
         self.numbers = torch.arange(len(tokenizer)) * 1000
         for number in range(100):
             self.numbers[self.token(str(number))] = -number
+        self._is_key = (self._named != _NOT_NAMED) | (self.numbers.numpy() <= 0)
+        self._is_key[0] = False  # padding
 
     def token(self, piece: str) -> int:
         """Id of a piece of the vocabulary."""
@@ -112,7 +126,7 @@ class Encoder:
         """Pad prefixes with their questions to one batch (padding at the end)."""
         rows = [self._row(p, t) for p, t in zip(prefixes, turns, strict=True)]
         longest = max(len(row[0]) for row in rows)
-        fills = (0, 0, -1, _NO_LABEL, 0.0, _NOT_NAMED)
+        fills = (0, 0, -1, _NO_LABEL, 0.0, _NOT_NAMED, -1, -1)
         columns = []
         for k, fill in enumerate(fills):
             kind = np.float32 if isinstance(fill, float) else np.int64
@@ -120,24 +134,30 @@ class Encoder:
             for i, row in enumerate(rows):
                 table[i, : len(row[k])] = row[k]
             columns.append(torch.from_numpy(table))
-        ids, positions, turn, labels, weights, about = columns
+        ids, positions, turn, labels, weights, *looks = columns
         visual = (ids == VISUAL) & (turn == 0)
         ids = ids.clamp(min=0)
         shown = torch.full_like(ids, _NOT_SHOWN)
         kinds = torch.from_numpy(np.concatenate([np.asarray(p.shown) for p in prefixes]))
         shown[visual] = kinds.where((kinds >= 0) & (kinds < len(OBJECTS)), _NOT_SHOWN)
         named = torch.from_numpy(self._named)[ids].where(turn > 0, _NOT_NAMED)
-        return Batch(ids, visual, positions, turn, labels, weights, shown, named, about)
+        clock = torch.full_like(ids, -1)
+        for i, prefix in enumerate(prefixes):
+            if len(prefix.clocks):
+                clock[i, visual[i]] = torch.tensor(prefix.clocks)
+        return Batch(ids, visual, positions, turn, labels, weights, shown, named, *looks, clock)
 
     def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
         ids, positions = list(prefix.ids), list(prefix.positions)
         turn = [0] * len(ids)
         labels, weights = [_NO_LABEL] * len(ids), [0.0] * len(ids)
         about = [_NOT_NAMED] * len(ids)
+        first_key, last_key = [-1] * len(ids), [-1] * len(ids)
         for number, question in enumerate(questions, start=1):
             asked = [*self.text(question.text), self.assistant]
             answer = [*self.text(question.answer), self.eos]
             tokens = asked + answer[:-1]  # the end token is only a target
+            keys = [len(ids) + k for k, token in enumerate(asked) if self._is_key[token]]
             ids += tokens
             positions += range(prefix.next_position, prefix.next_position + len(tokens))
             turn += [number] * len(tokens)
@@ -145,7 +165,10 @@ class Encoder:
             # long answers should count more than short ones, but not in proportion
             weights += [0.0] * (len(asked) - 1) + [len(answer) ** -0.5] * len(answer)
             about += [_NOT_NAMED] * (len(asked) - 1) + self._about(asked, answer)
-        return ids, positions, turn, labels, weights, about  # type: ignore[return-value]
+            for column, which in ((first_key, 0), (last_key, -1)):
+                place = keys[which] if keys else -1
+                column += [-1] * (len(asked) - 1) + [place] * len(answer)
+        return ids, positions, turn, labels, weights, about, first_key, last_key  # type: ignore[return-value]
 
     def _about(self, asked: list[int], answer: list[int]) -> list[int]:
         """Kind of object that each answer token is about, see `Batch.about`."""
@@ -164,7 +187,7 @@ def answer_loss(
         visual: visual tokens of the whole batch in reading order [total, C].
 
     Returns:
-        losses: "answer", "pointing", "aiming" and their weighted sum "loss", scalars.
+        losses: "answer", "pointing", "aiming", "keys" and their weighted sum "loss", scalars.
         said: int64 [targets], the token that would have been chosen for each target.
     """
     embeds = model.get_input_embeddings()(batch.ids)
@@ -182,9 +205,13 @@ def answer_loss(
     each = functional.cross_entropy(logits, target, reduction="none")
     answer = (each * weight).sum() / weight.sum()
     pointing = _looking_loss(batch, batch.named, output.attentions, POINTING_HEADS)
-    aiming = _looking_loss(batch, batch.about, output.attentions, AIMING_HEADS)
-    loss = answer + _POINTING_WEIGHT * (pointing + aiming)
-    losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming}
+    aiming = _looking_loss(batch, batch.about, output.attentions, AIMING_HEADS, first_only=True)
+    keys = _key_loss(batch.first_key, output.attentions, FIRST_KEY_HEADS)
+    keys = keys + _key_loss(batch.last_key, output.attentions, LAST_KEY_HEADS)
+    if bool((batch.clock >= 0).any()):
+        keys = keys + _key_loss(batch.clock, output.attentions, CLOCK_HEADS)
+    loss = answer + _POINTING_WEIGHT * (pointing + aiming + keys)
+    losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming, "keys": keys}
     return losses, logits.argmax(-1)
 
 
@@ -193,6 +220,8 @@ def _looking_loss(
     kinds: torch.Tensor,
     attentions: tuple[torch.Tensor, ...],
     heads: Sequence[tuple[int, int]],
+    *,
+    first_only: bool = False,
 ) -> torch.Tensor:
     """Minus log of the attention that tokens pay to the patches that show their kind of object.
 
@@ -202,13 +231,27 @@ def _looking_loss(
     Args:
         kinds: kind of object that each token should look at [B, S], -1 = any.
         heads: the (layer, head) pairs that are taught.
+        first_only: of a video, only the first frame that shows the object counts.
     """
     rows, words = (kinds != _NOT_NAMED).nonzero(as_tuple=True)
     wanted = batch.shown[rows] == kinds[rows, words, None]
+    if first_only:
+        clock = batch.clock[rows].masked_fill(~wanted, 10**6)
+        wanted &= clock == clock.min(-1, keepdim=True).values
     wanted[:, 0] |= ~wanted.any(-1)
     paid = [attentions[layer][rows, head, words] for layer, head in heads]
     shares = [(p * wanted).sum(-1).clamp(min=1e-6) for p in paid]
     return -torch.stack(shares).log().mean()
+
+
+def _key_loss(
+    columns: torch.Tensor, attentions: tuple[torch.Tensor, ...], heads: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Minus log of the attention that tokens pay to the given column [B, S], -1 = any."""
+    rows, words = (columns >= 0).nonzero(as_tuple=True)
+    targets = columns[rows, words]
+    paid = [attentions[layer][rows, head, words, targets] for layer, head in heads]
+    return -torch.stack(paid).clamp(min=1e-6).log().mean()
 
 
 def turn_accuracy(

@@ -312,7 +312,7 @@ def _relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
     sides = ("left of", "right of") if axis == "x" else ("above", "below")
     true = sides[0] if (dx if axis == "x" else dy) < 0 else sides[1]
     words = {"name": one.name, "other": other.name}
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         first, second = sides if rng.random() < 0.5 else sides[::-1]
         short = true.removesuffix(" of")
         return _say(

@@ -34,15 +34,15 @@ from mmlm_efficient.pocket.vocabulary import BOS, EOS, IMAGE, PAD, build_tokeniz
 
 BACKGROUND = len(NAMES)
 _FINE = 4  # sub-samples per patch side when an object's disc is laid over the grid
-# how often each kind is asked; retrieval by content comes late, so it is asked most
+# how often each kind is asked: most what is learnt last
 KIND_WEIGHTS = {
-    "is_there": 2.0,
-    "how_many": 1.6,
-    "where_is": 1.6,
-    "what_is_at": 1.4,
-    "extreme": 1.5,
+    "is_there": 1.3,
+    "how_many": 1.5,
+    "where_is": 2.0,
+    "what_is_at": 1.8,
+    "extreme": 1.6,
     "relation": 2.2,
-    "list": 0.9,
+    "list": 1.0,
 }
 _FIRST_KINDS = {"is_there": 2.0, "where_is": 2.0, "what_is_at": 1.5, "how_many": 0.5}
 
@@ -52,8 +52,8 @@ class Symbols(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.x = nn.Parameter(_smooth_table(BINS, 1))
-        self.y = nn.Parameter(_smooth_table(BINS, 2))
+        self.x = nn.Parameter(_smooth_table(BINS, 1) + _ramp(5))
+        self.y = nn.Parameter(_smooth_table(BINS, 2) + _ramp(6))
         self.row = nn.Parameter(_smooth_table(GRID, 3) * 0.5)
         self.column = nn.Parameter(_smooth_table(GRID, 4) * 0.5)
         self.middle = nn.Parameter(torch.randn(TEXT_WIDTH) / TEXT_WIDTH**0.5)
@@ -83,6 +83,12 @@ def _smooth_table(count: int, seed: int) -> torch.Tensor:
     phase = torch.rand(TEXT_WIDTH, generator=generator) * 6.2832
     place = torch.arange(count)[:, None] / count
     return torch.cos(place * frequency * 3.1416 + phase) * math.sqrt(2 / TEXT_WIDTH)
+
+
+def _ramp(seed: int) -> torch.Tensor:
+    """A straight line of vectors [BINS, C]: comparing two places becomes a subtraction."""
+    direction = torch.randn(TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+    return torch.linspace(-1.2, 1.2, BINS)[:, None] * direction / direction.norm()
 
 
 def layout(names: list[str], rng: np.random.Generator) -> tuple[list[Thing], dict[str, np.ndarray]]:
@@ -169,10 +175,11 @@ def video_prefix(
     kept: list[np.ndarray], shown: list[np.ndarray], times_s: list[int], encoder: Encoder
 ) -> Prefix:
     """Prefix of several frames, each preceded by its time as text ("3 s")."""
-    ids = [encoder.bos, encoder.user]
+    ids, clocks = [encoder.bos, encoder.user], []
     for frame, time_s in zip(kept, times_s, strict=True):
+        clocks += [len(ids)] * len(frame)
         ids += [*encoder.text(f"{time_s} s"), *[VISUAL] * len(frame)]
-    return Prefix(ids, range(len(ids)), len(ids), np.concatenate(shown))
+    return Prefix(ids, range(len(ids)), len(ids), np.concatenate(shown), clocks)
 
 
 def draw_video_turns(

@@ -75,6 +75,8 @@ def test_batch_pads_without_touching_the_sample() -> None:
     assert (batch.shown[1, 3:] == -2).all()
     assert (batch.named == 1).sum() == 2, "the word cat, kind 1, once in each row"
     assert (batch.about == 1).sum() == 4, "both targets (yes, end) of both rows are about it"
+    cat = int((batch.named[1] == 1).nonzero())
+    assert set(batch.first_key[1].tolist()) == set(batch.last_key[1].tolist()) == {-1, cat}
     assert batch.turns[0, -1] == -1
     assert batch.labels[0, -1] == -100
     seen = batch.mask()[0, 0] == 0
