@@ -125,14 +125,6 @@ class PruningMethod(Method):
         if self.keep_tokens is not None:
             tokens = self.keep_tokens
             wanted = tokens[image] if isinstance(tokens, tuple) else tokens
-            if wanted >= n_tokens:
-                logger.warning(
-                    "%s: keep_tokens=%d, but image %d has %d tokens: nothing is pruned",
-                    self.name,
-                    wanted,
-                    image,
-                    n_tokens,
-                )
         else:
             ratio = (
                 self.keep_ratio[image] if isinstance(self.keep_ratio, tuple) else self.keep_ratio
@@ -152,7 +144,16 @@ class PruningMethod(Method):
         """
         for field, value in (("keep_tokens", self.keep_tokens), ("keep_ratio", self.keep_ratio)):
             check_per_image(field, value, len(n_tokens))
-        return tuple(self.budget(image, count) for image, count in enumerate(n_tokens))
+        budgets = tuple(self.budget(image, count) for image, count in enumerate(n_tokens))
+        whole = [image for image, count in enumerate(n_tokens) if budgets[image] >= count]
+        if whole and self.keep_tokens is not None:
+            logger.warning(
+                "%s: keep_tokens=%s is no less than the tokens of image(s) %s: nothing is pruned",
+                self.name,
+                self.keep_tokens,
+                ", ".join(map(str, whole)),
+            )
+        return budgets
 
     # -- what a method overrides: one or more of these -------------------------------------
 

@@ -104,11 +104,12 @@ def test_ratio_is_always_a_valid_budget(ratio: float, tokens: int) -> None:
     assert 1 <= RandomPruning(keep_ratio=ratio).budget(0, tokens) <= tokens
 
 
-def test_a_budget_above_the_count_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_budgets_above_the_count_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="mmlm_efficient"):
-        assert RandomPruning(keep_tokens=99).budgets([36]) == (36,)
+        assert RandomPruning(keep_tokens=99).budgets([36, 200, 36]) == (36, 99, 36)
+        assert RandomPruning(keep_ratio=1.0).budgets([36]) == (36,)
     assert [record.getMessage() for record in caplog.records] == [
-        "random: keep_tokens=99, but image 0 has 36 tokens: nothing is pruned"
+        "random: keep_tokens=99 is no less than the tokens of image(s) 0, 2: nothing is pruned"
     ]
 
 

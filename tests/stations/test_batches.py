@@ -73,7 +73,7 @@ def single(parts: LMMParts, name: str, sample: int, pixels: torch.Tensor) -> Pre
     ("tower", "text", "attn"),
     [
         ("clip", "llama", "sdpa"),
-        ("siglip", "qwen2", "eager"),
+        pytest.param("siglip", "qwen2", "eager", marks=pytest.mark.slow),
     ],
 )
 def test_forward_equals_single(
@@ -110,7 +110,12 @@ def test_forward_equals_single(
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("text", "use_cache"),
-    [("llama", True), ("llama", False), ("mistral", True), ("qwen2", True)],
+    [
+        ("llama", True),
+        ("llama", False),
+        pytest.param("mistral", True, marks=pytest.mark.slow),
+        pytest.param("qwen2", True, marks=pytest.mark.slow),
+    ],
 )
 def test_generate_equals_single(text: str, name: str, use_cache: bool) -> None:
     model = tiny.tiny_llava("clip", text)

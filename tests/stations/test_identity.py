@@ -51,7 +51,7 @@ def generated(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("text", tiny.TEXTS)
 @pytest.mark.parametrize("tower", tiny.TOWERS)
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_bit_identical(tower: str, text: str, attn: str) -> None:
     stock = tiny.tiny_llava(tower, text, attn=attn)
     model = tiny.tiny_llava(tower, text, attn=attn)

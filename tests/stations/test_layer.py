@@ -317,6 +317,21 @@ def test_hidden_states_are_recorded_cut() -> None:
     assert lengths[2] < width
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_to_the_end(dtype: torch.dtype, attn: str) -> None:
+    model = tiny.tiny_llava(attn=attn).to(dtype)
+    with torch.no_grad(), LMMParts(model) as parts:
+        prepared = pruned(parts)
+        with prepared.active():
+            logits = model(**prepared.model_inputs).logits
+            ids = model.generate(**prepared.model_inputs, max_new_tokens=3, do_sample=False)
+    assert logits.dtype == dtype
+    assert bool(torch.isfinite(logits[:, -1]).all())
+    assert ids.shape == (3, prepared.layout.mask.shape[1] + 3)
+    assert [dict(r.per_station)["layer"] for r in prepared.report().images] == [5, 9, 14]
+
+
 class TestRefusals:
     def test_chunked_prefill(self) -> None:
         model = tiny.tiny_llava()
