@@ -21,13 +21,15 @@ def test_every_public_name_is_there() -> None:
         _ = mmlm_efficient.nonsense
 
 
+@pytest.mark.slow
 def test_core_imports_and_answers_without_any_extra() -> None:
     """In a process where every extra is hidden, as on a machine that never installed one."""
     code = f"""
 import sys
 for name in {EXTRAS!r}:
     sys.modules[name] = None
-import mmlm_efficient, ray_serve, eval
+import torch, mmlm_efficient, ray_serve, eval
+torch.set_num_threads(1)
 for name in mmlm_efficient.__all__:
     getattr(mmlm_efficient, name)
 from tests.tiny import tiny_llava
