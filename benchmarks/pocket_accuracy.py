@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.chart import accuracy_chart
 from benchmarks.common import machine_line, positive, provenance, write_json
-from benchmarks.intervals import Scores, row_figures
+from benchmarks.intervals import Scores, paired, row_figures
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.loading import find_folder
@@ -32,6 +32,7 @@ from mmlm_efficient.pocket.questions import IMAGE_KINDS, Question, is_right, que
 from mmlm_efficient.pocket.scenes import Scene, rng_of, scene
 from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.pruning.base import Method
+from mmlm_efficient.pruning.flowcut import FlowCut
 from mmlm_efficient.pruning.no_pruning import NoPruning
 from mmlm_efficient.pruning.registry import method_class
 
@@ -119,7 +120,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             }
             for case in cases
         ],
+        "flowcut_against": _against(FlowCut.name, cases, scores, tokens),
     }
+
+
+def _against(
+    name: str, cases: Sequence[Case], scores: Mapping[str, Scores], tokens: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Paired differences of one method to every other at the same budget and position rule."""
+    return [
+        {
+            "other": other.method.name,
+            "keep_tokens": tokens[case.name],
+            "position_ids": case.position_ids,
+            **paired(
+                scores[case.name].right.sum(axis=1),
+                scores[other.name].right.sum(axis=1),
+                scores[case.name].asked.sum(axis=1),
+            ),
+        }
+        for case in cases
+        for other in cases[1:]
+        if case.method.name == name != other.method.name
+        and (case.keep_ratio, case.position_ids) == (other.keep_ratio, other.position_ids)
+    ]
 
 
 # -- questions -------------------------------------------------------------------------------
@@ -282,6 +306,12 @@ def _report(result: Mapping[str, Any]) -> list[str]:
         if row["method"] != NoPruning.name:
             line += f", {row['to_unpruned']['difference'] * 100:+.1f} points"
         lines.append(line)
+    for one in result["flowcut_against"]:
+        low, high = (f"{100 * end:+.1f}" for end in one["interval"])
+        lines.append(
+            f"  flowcut - {one['other']:8s} {one['keep_tokens']:4d} tokens, "
+            f"{one['position_ids']:8s} {100 * one['difference']:+.1f} points ({low} to {high})"
+        )
     return lines
 
 

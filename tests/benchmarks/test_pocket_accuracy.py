@@ -67,10 +67,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(model_folder: Path, out: Path) -> list[str]:
+def arguments(model_folder: Path, out: Path, *methods: str) -> list[str]:
     return [
         *("--model", str(model_folder), "--scenes", "3", "--batch-size", "2"),
-        *("--methods", "flowcut", "--ratios", "0.25", "--position-ids", "compact"),
+        *("--methods", "flowcut", *methods, "--ratios", "0.25", "--position-ids", "compact"),
         *("--out", str(out)),
     ]
 
@@ -84,12 +84,18 @@ def test_run_on_random_weights(
 ) -> None:
     monkeypatch.setattr(pocket_accuracy, "MAX_NEW_TOKENS", 4)
     out = tmp_path / "accuracy.json"
-    assert pocket_accuracy.main(arguments(model_folder, out)) == 0
+    assert pocket_accuracy.main(arguments(model_folder, out, "uniform")) == 0
     result = json.loads(out.read_text())
     assert [(row["method"], row["keep_tokens"]) for row in result["rows"]] == [
         ("none", 144),
         ("flowcut", 36),
+        ("uniform", 36),
     ]
+    (against,) = result["flowcut_against"]
+    assert (against["other"], against["keep_tokens"]) == ("uniform", 36)
+    flowcut, uniform = (row["overall"]["right"] for row in result["rows"][1:])
+    expected = (flowcut - uniform) / result["questions"]
+    assert against["difference"] == pytest.approx(expected, abs=1e-4)
     for row in result["rows"]:
         assert row["overall"]["count"] == result["questions"]
         assert sum(kind["count"] for kind in row["kinds"].values()) == result["questions"]
