@@ -6,17 +6,20 @@ prefix: every turn looks exactly like a prompt of its own, at a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mmlm_efficient.pocket.objects import OBJECTS
-from mmlm_efficient.pocket.questions import Question
+from mmlm_efficient.pocket.architecture import TEXT_WIDTH
+from mmlm_efficient.pocket.objects import NAMES, OBJECTS
+from mmlm_efficient.pocket.questions import Question, Thing, unique
+from mmlm_efficient.pocket.scenes import BINS
 
 VISUAL = -1  # stands for "a visual token" in a prefix
 _NO_LABEL = -100
@@ -27,7 +30,7 @@ CLOCK_HEADS = ((0, 0),)
 POINTING_HEADS = ((1, 0), (2, 0))
 FIRST_KEY_HEADS, LAST_KEY_HEADS = ((2, 1),), ((2, 2),)
 AIMING_HEADS = ((3, 0), (4, 0))
-_POINTING_WEIGHT = 0.3
+_POINTING_WEIGHT, _PLACES_WEIGHT = 0.3, 0.3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Prefix:
             `objects.NAMES`; anything else = none).
         clocks: for the visual tokens in order, where in `ids` the time of their frame stands;
             empty for a picture.
+        places: kind of object -> position as it is spoken, of objects that occur once.
     """
 
     ids: Sequence[int]
@@ -49,6 +53,7 @@ class Prefix:
     next_position: int
     shown: Sequence[int] | npt.NDArray[np.int64]
     clocks: Sequence[int] = ()
+    places: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Batch:
         first_key, last_key: column of the question's first and last key word, for tokens with a
             target; -1 = none.
         clock: column of the time of a visual token's frame, -1 = none.
+        place: spoken position [B, kinds, 2] of the objects that occur once, -100 = unknown.
     """
 
     ids: torch.Tensor
@@ -83,6 +89,7 @@ class Batch:
     first_key: torch.Tensor
     last_key: torch.Tensor
     clock: torch.Tensor
+    place: torch.Tensor
 
     def mask(self) -> torch.Tensor:
         """Additive attention mask, float32 [B, 1, S, S]: causal, turns apart from each other."""
@@ -92,6 +99,11 @@ class Batch:
         allowed = causal & ((key == 0) | (key == query))
         allowed |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no empty rows
         return torch.zeros(allowed.shape).masked_fill_(~allowed, -1e9)[:, None]
+
+
+def places_of(things: list[Thing]) -> dict[int, tuple[int, int]]:
+    """`Prefix.places` of a picture."""
+    return {NAMES.index(thing.name): thing.bins for thing in unique(things)}
 
 
 class Encoder:
@@ -145,7 +157,12 @@ class Encoder:
         for i, prefix in enumerate(prefixes):
             if len(prefix.clocks):
                 clock[i, visual[i]] = torch.tensor(prefix.clocks)
-        return Batch(ids, visual, positions, turn, labels, weights, shown, named, *looks, clock)
+        place = torch.full((len(rows), len(OBJECTS), 2), _NO_LABEL)
+        for i, prefix in enumerate(prefixes):
+            for kind, bins in prefix.places.items():
+                place[i, kind] = torch.tensor(bins)
+        known = (ids, visual, positions, turn, labels, weights, shown, named)
+        return Batch(*known, *looks, clock, place)
 
     def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
         ids, positions = list(prefix.ids), list(prefix.positions)
@@ -178,13 +195,51 @@ class Encoder:
         return [kind if kind != _NOT_NAMED else single for kind in said]
 
 
+class PlaceProbes(nn.Module):
+    """Linear read-outs of positions from hidden states, which exist only while training.
+
+    Words must know where the object is that they name after two layers; answers where the
+    objects of the question are after four, and where the object is that they are about after five.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, 2 * BINS) for _ in range(4))
+
+    def forward(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Mean cross-entropy of all positions that are known; scalar."""
+        keys = [
+            batch.named.gather(1, column.clamp(min=0)).masked_fill(column < 0, _NOT_NAMED)
+            for column in (batch.first_key, batch.last_key)
+        ]
+        asked = ((batch.named, 2), (keys[0], 4), (keys[1], 4), (batch.about, 5))
+        losses = []
+        for head, (kinds, depth) in zip(self.heads, asked, strict=True):
+            rows, words = (kinds != _NOT_NAMED).nonzero(as_tuple=True)
+            target = batch.place[rows, kinds[rows, words]]
+            if not bool((target >= 0).any()):
+                continue
+            states = functional.rms_norm(hidden[depth][rows, words], (TEXT_WIDTH,))
+            logits = head(states).unflatten(-1, (2, BINS))
+            losses.append(
+                functional.cross_entropy(
+                    logits.flatten(0, 1), target.flatten(), ignore_index=_NO_LABEL
+                )
+            )
+        return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
 def answer_loss(
-    model: LlavaForConditionalGeneration, batch: Batch, visual: torch.Tensor
+    model: LlavaForConditionalGeneration,
+    batch: Batch,
+    visual: torch.Tensor,
+    probes: PlaceProbes | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Weighted cross-entropy of the answers, and how well some heads look where they should.
 
     Args:
         visual: visual tokens of the whole batch in reading order [total, C].
+        probes: adds the loss "places".
 
     Returns:
         losses: "answer", "pointing", "aiming", "keys" and their weighted sum "loss", scalars.
@@ -198,6 +253,7 @@ def answer_loss(
         position_ids=batch.positions,
         use_cache=False,
         output_attentions=True,
+        output_hidden_states=probes is not None,
     )
     wanted = batch.labels != _NO_LABEL
     logits = model.lm_head(output.last_hidden_state[wanted])
@@ -212,6 +268,9 @@ def answer_loss(
         keys = keys + _key_loss(batch.clock, output.attentions, CLOCK_HEADS)
     loss = answer + _POINTING_WEIGHT * (pointing + aiming + keys)
     losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming, "keys": keys}
+    if probes is not None and bool((batch.place >= 0).any()):
+        losses["places"] = probes(batch, output.hidden_states)
+        losses["loss"] = losses["loss"] + _PLACES_WEIGHT * losses["places"]
     return losses, logits.argmax(-1)
 
 

@@ -240,7 +240,8 @@ def _say(
     return Question(kind, _pick(PHRASINGS[phrase], rng).format(**words), answer)
 
 
-def _unique(things: list[Thing]) -> list[Thing]:
+def unique(things: list[Thing]) -> list[Thing]:
+    """The things whose name occurs once."""
     counts = Counter(thing.name for thing in things)
     return [thing for thing in things if counts[thing.name] == 1]
 
@@ -266,7 +267,7 @@ def _how_many(things: list[Thing], rng: np.random.Generator) -> Question:
 
 
 def _where_is(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    candidates = _unique(things)
+    candidates = unique(things)
     if not candidates:
         return None
     thing = candidates[int(rng.integers(len(candidates)))]
@@ -299,7 +300,7 @@ def _extreme(things: list[Thing], rng: np.random.Generator) -> Question | None:
 
 
 def _relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    candidates = _unique(things)
+    candidates = unique(things)
     rng.shuffle(candidates)
     if len(candidates) < 2:
         return None

@@ -49,13 +49,20 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
 
     tower = train_tower.train(out, seed=seed, cutout_steps=steps(3000), whole_steps=steps(450))
     model, symbols, encoder = train_words.train(
-        out, seed=seed, steps=steps(1400), early_steps=steps(150)
+        out, seed=seed, steps=steps(1500), early_steps=steps(150)
     )
     train_llava.train(
-        model, symbols, encoder, tower, out,
-        seed=seed, steps=steps(2400), projector_steps=steps(1000),
-        images=max(64, steps(6000)), videos=max(8, steps(600)),
-    )  # fmt: skip
+        model,
+        symbols,
+        encoder,
+        tower,
+        out,
+        seed=seed,
+        steps=steps(2000),
+        projector_steps=steps(500),
+        images=max(64, steps(4000)),
+        videos=max(8, steps(300)),
+    )
     plot_curves(out, out / "curves.png")
     return export(model, out / "weights")
 

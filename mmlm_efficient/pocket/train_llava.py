@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from mmlm_efficient.pocket.objects import NAMES
-from mmlm_efficient.pocket.prompts import Batch, Encoder, answer_loss, turn_accuracy
+from mmlm_efficient.pocket.prompts import Batch, Encoder, PlaceProbes, answer_loss, turn_accuracy
 from mmlm_efficient.pocket.questions import Question, Thing, things_of
 from mmlm_efficient.pocket.scenes import GRID, Scene, patch_labels, rng_of, scene, video
 from mmlm_efficient.pocket.train_tower import labels_of, normalise, tower_hidden
@@ -182,7 +182,7 @@ def image_step(
         kept = np.arange(_PATCHES)
         if not full:
             kept = thin_out(seen, rng, keep_empty)
-        prefixes.append(image_prefix(kept, seen.shown[kept], encoder, rng))
+        prefixes.append(image_prefix(kept, seen.shown[kept], seen.things, encoder, rng))
         features.append(seen.features[torch.from_numpy(kept)])
         turns.append(draw_turns(seen.things, rng, turns_each, KIND_WEIGHTS))
     return encoder.batch(prefixes, turns), torch.cat(features), turns
@@ -236,11 +236,11 @@ def train(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 2400,
-    projector_steps: int = 1000,
-    images: int = 6000,
-    videos: int = 600,
-    learning_rate: float = 1e-3,
+    steps: int = 2000,
+    projector_steps: int = 500,
+    images: int = 4000,
+    videos: int = 300,
+    learning_rate: float = 1.2e-3,
     size: int = 16,
 ) -> None:
     """Train `model` in place, in `out` (resumable); its tower becomes `tower`."""
@@ -254,6 +254,7 @@ def train(
     modules = nn.ModuleDict(
         {"text": model.model.language_model, "head": model.lm_head, "projector": projector}
     )
+    modules["probes"] = probes = PlaceProbes()
 
     def forward(
         rng: np.random.Generator, number: int
@@ -268,7 +269,7 @@ def train(
                 encoder, bank, rng, size if full else 2 * size, 10, full=full
             )
             visual = projector(features)
-        return batch, *answer_loss(model, batch, visual), turns
+        return batch, *answer_loss(model, batch, visual, probes), turns
 
     def step(number: int) -> dict[str, torch.Tensor]:
         bank.advance(number)

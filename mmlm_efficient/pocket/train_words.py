@@ -17,7 +17,16 @@ from transformers import LlavaForConditionalGeneration
 
 from mmlm_efficient.pocket.architecture import TEXT_WIDTH, build_model, text_config
 from mmlm_efficient.pocket.objects import NAMES
-from mmlm_efficient.pocket.prompts import VISUAL, Batch, Encoder, Prefix, answer_loss, turn_accuracy
+from mmlm_efficient.pocket.prompts import (
+    VISUAL,
+    Batch,
+    Encoder,
+    PlaceProbes,
+    Prefix,
+    answer_loss,
+    places_of,
+    turn_accuracy,
+)
 from mmlm_efficient.pocket.questions import VIDEO_KINDS, Question, Thing, ask, ask_video
 from mmlm_efficient.pocket.scenes import (
     BINS,
@@ -128,14 +137,18 @@ def thin_out(owner: np.ndarray, rng: np.random.Generator, *, middle: np.ndarray)
 
 
 def image_prefix(
-    kept: np.ndarray, shown: np.ndarray, encoder: Encoder, rng: np.random.Generator
+    kept: np.ndarray,
+    shown: np.ndarray,
+    things: list[Thing],
+    encoder: Encoder,
+    rng: np.random.Generator,
 ) -> Prefix:
     """Prefix of one picture, at original or at compact positions by chance."""
     original = rng.random() < 0.5
     positions = (2 + kept).tolist() if original else list(range(2, 2 + len(kept)))
     ids = [encoder.bos, encoder.user, *[VISUAL] * len(kept)]
     length = GRID * GRID if original else len(kept)
-    return Prefix(ids, [0, 1, *positions], 2 + length, shown)
+    return Prefix(ids, [0, 1, *positions], 2 + length, shown, places=places_of(things))
 
 
 def draw_turns(
@@ -163,7 +176,7 @@ def image_batch(
         slip = (rng.random(len(kept)) < 0.02) & (own["owner"] >= 0)
         own["name"] = np.where(slip, rng.integers(0, BACKGROUND, len(kept)), own["name"])
         columns.append(own)
-        prefixes.append(image_prefix(kept, own["name"], encoder, rng))
+        prefixes.append(image_prefix(kept, own["name"], things, encoder, rng))
         turns.append(draw_turns(things, rng, 8, _FIRST_KINDS if early else KIND_WEIGHTS))
     labels = {
         key: torch.from_numpy(np.concatenate([c[key] for c in columns])) for key in columns[0]
@@ -268,7 +281,7 @@ def name_table(model: LlavaForConditionalGeneration, encoder: Encoder) -> torch.
 
 
 def train(
-    out: Path, *, seed: int = 0, steps: int = 3000, early_steps: int = 300, size: int = 32
+    out: Path, *, seed: int = 0, steps: int = 1500, early_steps: int = 150, size: int = 32
 ) -> tuple[LlavaForConditionalGeneration, Symbols, Encoder]:
     """Train decoder and symbols in `out` (resumable)."""
     model, encoder = build(seed)
@@ -276,6 +289,7 @@ def train(
     modules = nn.ModuleDict(
         {"text": model.model.language_model, "head": model.lm_head, "symbols": symbols}
     )
+    modules["probes"] = probes = PlaceProbes()
 
     def vectors(labels: dict[str, torch.Tensor], noise_seed: int) -> torch.Tensor:
         """Noisy symbols of patches."""
@@ -289,10 +303,10 @@ def train(
         if not early and number % 5 == 4:
             batch, labels, chosen, _ = video_batch(encoder, number + seed * 10**6, size // 2)
             pooled = pool_patches(vectors(labels, number)).flatten(0, 1)[chosen]
-            losses, _ = answer_loss(model, batch, pooled)
+            losses, _ = answer_loss(model, batch, pooled, probes)
             return losses
         batch, labels, _ = image_batch(encoder, number + seed * 10**6, size, early=early)
-        losses, _ = answer_loss(model, batch, vectors(labels, number))
+        losses, _ = answer_loss(model, batch, vectors(labels, number), probes)
         return losses
 
     def probe() -> dict[str, float]:
