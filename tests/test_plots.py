@@ -14,7 +14,10 @@ from PIL import Image
 from mmlm_efficient import plots
 from mmlm_efficient.errors import MediaError, MissingExtraError, SettingsError
 from mmlm_efficient.plots import MARGIN_PX, Panel, cut_map, kept_tokens, kept_tokens_panel
+from mmlm_efficient.prepare import LMMParts, prepare
+from mmlm_efficient.pruning.flowcut import FlowCut
 from mmlm_efficient.tokens import ImageReport
+from tests.tiny import IMAGE_TOKEN, batch, images, prompt, tiny_llava
 
 GRID = (3, 4)
 N = 12
@@ -224,3 +227,16 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_dollars_in_captions_are_plain_text() -> None:
     kept_tokens_panel([Panel(picture(), report([0]), "costs $1 or $x_")], title="$a$")
+
+
+def test_report_of_a_real_request() -> None:
+    inputs = batch([prompt(1, IMAGE_TOKEN, 5)], images(1))
+    with LMMParts(tiny_llava()) as parts, torch.no_grad():
+        prepared = prepare(parts, inputs, [FlowCut(keep_tokens=7)])
+    (found,) = prepared.report().images
+    assert found.cut_layer is not None
+    drawing = np.asarray(kept_tokens(Image.new("RGB", (60, 60), (250, 200, 150)), found))
+    coloured = (drawing == (250, 200, 150)).all(-1).sum()
+    cell = plots.PICTURE_PX // found.grid[0]
+    assert 7 * (cell - 2) ** 2 <= coloured <= 7 * cell**2
+    cut_map(Image.new("RGB", (60, 60)), found)
