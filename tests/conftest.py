@@ -1,6 +1,11 @@
-"""Test order and threads."""
+"""Test order, threads, and no network."""
 
 from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing here may ask a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

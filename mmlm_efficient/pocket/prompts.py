@@ -25,8 +25,9 @@ VISUAL = -1  # stands for "a visual token" in a prefix
 _NO_LABEL = -100
 _NOT_SHOWN, _NOT_NAMED = -2, -1
 # (layer, head) that learn where to look: a frame's patches at its time, words at what they name,
-# answers at the question's first and last key word (a name or a number) and at what they are about
-CLOCK_HEADS = ((0, 0),)
+# answers at the question's first and last key word (a name or a number), at what they are about,
+# and, when they say a time, at the time of the first frame that shows it
+CLOCK_HEADS, MOMENT_HEADS = ((0, 0),), ((5, 0), (5, 1))
 POINTING_HEADS = ((1, 0), (2, 0))
 FIRST_KEY_HEADS, LAST_KEY_HEADS = ((2, 1),), ((2, 2),)
 AIMING_HEADS = ((3, 0), (4, 0))
@@ -74,6 +75,7 @@ class Batch:
         first_key, last_key: column of the question's first and last key word, for tokens with a
             target; -1 = none.
         clock: column of the time of a visual token's frame, -1 = none.
+        moment: for targets that say a time, the column where that time stands, -1 = none.
         place: spoken position [B, kinds, 2] of the objects that occur once, -100 = unknown.
     """
 
@@ -89,6 +91,7 @@ class Batch:
     first_key: torch.Tensor
     last_key: torch.Tensor
     clock: torch.Tensor
+    moment: torch.Tensor
     place: torch.Tensor
 
     def mask(self) -> torch.Tensor:
@@ -161,8 +164,21 @@ class Encoder:
         for i, prefix in enumerate(prefixes):
             for kind, bins in prefix.places.items():
                 place[i, kind] = torch.tensor(bins)
+        moment = self._moments(labels, shown, looks[0], clock)
         known = (ids, visual, positions, turn, labels, weights, shown, named)
-        return Batch(*known, *looks, clock, place)
+        return Batch(*known, *looks, clock, moment, place)
+
+    def _moments(
+        self, labels: torch.Tensor, shown: torch.Tensor, about: torch.Tensor, clock: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Batch.moment`."""
+        moment = torch.full_like(labels, -1)
+        says_number = (labels >= 0) & (self.numbers[labels.clamp(min=0)] <= 0) & (about >= 0)
+        rows, words = (says_number & (clock >= 0).any(-1, keepdim=True)).nonzero(as_tuple=True)
+        wanted = shown[rows] == about[rows, words, None]
+        first = clock[rows].masked_fill(~wanted, clock.shape[1]).amin(-1)
+        moment[rows, words] = first.where(first < clock.shape[1], -1)
+        return moment
 
     def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
         ids, positions = list(prefix.ids), list(prefix.positions)
@@ -266,6 +282,8 @@ def answer_loss(
     keys = keys + _key_loss(batch.last_key, output.attentions, LAST_KEY_HEADS)
     if bool((batch.clock >= 0).any()):
         keys = keys + _key_loss(batch.clock, output.attentions, CLOCK_HEADS)
+    if bool((batch.moment >= 0).any()):
+        keys = keys + _key_loss(batch.moment, output.attentions, MOMENT_HEADS)
     loss = answer + _POINTING_WEIGHT * (pointing + aiming + keys)
     losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming, "keys": keys}
     if probes is not None and bool((batch.place >= 0).any()):

@@ -93,23 +93,27 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
     return folder
 
 
-def write_card(folder: Path, results: Mapping[str, Any]) -> None:
+def write_card(folder: Path, images: Mapping[str, Any], videos: Mapping[str, Any]) -> None:
     """Write the model card with measured accuracies.
 
     Args:
         folder: the model's folder.
-        results: what `benchmarks/pocket_accuracy.py` writes; its unpruned row is shown.
+        images: what `benchmarks/pocket_accuracy.py` writes; its unpruned row is shown.
+        videos: what `benchmarks/pocket_card.py` writes: videos, and count, accuracy and interval
+            of each kind.
     """
-    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
-    row = next(r for r in results["rows"] if r["method"] == "none")
+    text = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    row = next(r for r in images["rows"] if r["method"] == "none")
+    entries = [*row["kinds"].items(), ("all pictures", row["overall"]), *videos["kinds"].items()]
     lines = ["| kind | answers | right | 95 % interval |", "|---|---|---|---|"]
-    for kind, entry in [*row["kinds"].items(), ("all", row["overall"])]:
+    for kind, entry in entries:
         low, high = entry["interval"]
         lines.append(
             f"| {kind} | {entry['count']} | {entry['accuracy']:.1%} | {low:.1%} to {high:.1%} |"
         )
-    text = template.replace("<!-- accuracy -->", "\n".join(lines))
-    text = text.replace("<!-- scenes -->", str(results["scenes"]))
+    text = text.replace("<!-- accuracy -->", "\n".join(lines))
+    text = text.replace("<!-- scenes -->", f"{images['scenes']:,}")
+    text = text.replace("<!-- videos -->", f"{videos['videos']:,}")
     partial = folder / "README.md.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / "README.md")
