@@ -36,12 +36,14 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
         The folder with the finished model.
 
     Raises:
-        SettingsError: scale or threads out of range.
+        SettingsError: scale or threads out of range, or `out` holds a run of another recipe.
+        MissingExtraError: matplotlib is not installed.
     """
     if not 0 < scale <= 10:
         raise SettingsError(f"scale={scale} is outside (0, 10]; 1 is the shipped recipe")
     if threads < 1:
         raise SettingsError(f"threads={threads} must be 1 or more")
+    require_extra("matplotlib", "train")  # for the curves: now, not after hours
     torch.set_num_threads(threads)
 
     def steps(count: int) -> int:
@@ -63,8 +65,9 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
         images=max(64, steps(4000)),
         videos=max(8, steps(300)),
     )
+    folder = export(model, out / "weights")
     plot_curves(out, out / "curves.png")
-    return export(model, out / "weights")
+    return folder
 
 
 def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
@@ -139,7 +142,6 @@ def plot_curves(out: Path, path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    require_extra("matplotlib", "train")
     from matplotlib.figure import Figure
 
     stages = curves(out)

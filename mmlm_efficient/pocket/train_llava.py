@@ -163,7 +163,7 @@ def fit_projector(
         return {"loss": loss, "things": error[thing].mean()}
 
     modules = nn.ModuleDict({"projector": projector})
-    run_stage("projector", modules, Schedule(steps, 3e-3, save_every=10**6), step, out)
+    run_stage("projector", modules, Schedule(steps, 3e-3, save_every=10**6), step, out, seed=seed)
 
 
 def image_step(
@@ -286,5 +286,5 @@ def train(
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     schedule = Schedule(steps, learning_rate, warmup_steps=50, probe_every=100, save_every=100)
-    run_stage("llava", modules, schedule, step, out, probe=probe)
+    run_stage("llava", modules, schedule, step, out, seed=seed, probe=probe)
     model.eval()

@@ -188,10 +188,17 @@ def train(
         Schedule(cutout_steps, 1.5e-3),
         step_of(False, 64),
         out,
+        seed=seed,
         probe=probe,
     )
     run_stage(
-        "tower_whole", modules, Schedule(whole_steps, 7e-4), step_of(True, 24), out, probe=probe
+        "tower_whole",
+        modules,
+        Schedule(whole_steps, 7e-4),
+        step_of(True, 24),
+        out,
+        seed=seed,
+        probe=probe,
     )
     tower.eval()
     return tower

@@ -323,5 +323,7 @@ def train(
         found |= turn_accuracy(batch, said, turns, encoder)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
-    run_stage("words", modules, Schedule(steps, 2e-3, probe_every=100), step, out, probe=probe)
+    run_stage(
+        "words", modules, Schedule(steps, 2e-3, probe_every=100), step, out, seed=seed, probe=probe
+    )
     return model.eval(), symbols, encoder

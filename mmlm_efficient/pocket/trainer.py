@@ -7,13 +7,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from mmlm_efficient.errors import SettingsError
 
 StepFunction = Callable[[int], dict[str, torch.Tensor]]
 ProbeFunction = Callable[[], dict[str, float]]
@@ -63,6 +65,7 @@ def run_stage(
     step: StepFunction,
     out: Path,
     *,
+    seed: int = 0,
     probe: ProbeFunction | None = None,
 ) -> None:
     """Optimise `modules` for the stage's steps, going on from the last checkpoint if there is one.
@@ -76,13 +79,23 @@ def run_stage(
         schedule: see `Schedule`.
         step: from the step number to the losses; the entry "loss" is minimised.
         out: folder of checkpoints and logs.
+        seed: of the run, only to tell runs apart.
         probe: held-out accuracies, called every `probe_every` steps and at the end.
+
+    Raises:
+        SettingsError: the checkpoint in `out` is of another seed or schedule.
     """
     checkpoint = out / f"{name}.pt"
     optimizer = _optimizer(modules, schedule)
+    recipe = {"seed": seed, **asdict(schedule)}
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["recipe"] != recipe:
+            raise SettingsError(
+                f"{checkpoint} was made with {state['recipe']}, this run has {recipe}: "
+                "use another folder, or the same settings"
+            )
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         first = int(state["step"])
@@ -116,6 +129,7 @@ def run_stage(
                 "modules": modules.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": done,
+                "recipe": recipe,
             }
             save_atomically(payload, checkpoint)
 

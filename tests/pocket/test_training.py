@@ -114,6 +114,8 @@ def test_a_killed_stage_goes_on_where_it_was(tmp_path: Path) -> None:
         stage(tmp_path / "b", 17)
     assert torch.equal(stage(tmp_path / "b", None), undisturbed)
     assert not list((tmp_path / "b").glob("*.partial"))
+    with pytest.raises(SettingsError, match="use another folder"):
+        run_stage("toy", nn.ModuleDict(), Schedule(31, 0.05), lambda _: {}, tmp_path / "b")
 
 
 @pytest.mark.slow
