@@ -24,6 +24,8 @@ class Stopwatch:
         """The clock, in seconds; only differences mean something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 

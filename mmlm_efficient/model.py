@@ -7,11 +7,12 @@ and methods prune (`prepare`), transformers generates, and the new tokens are de
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +23,14 @@ from mmlm_efficient.errors import PromptError, SettingsError
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
 from mmlm_efficient.prompts import Images, preprocess
 from mmlm_efficient.pruning.base import Method
-from mmlm_efficient.sampling import seeded
-from mmlm_efficient.settings import MethodLike, as_methods, check_generation, generation_names
+from mmlm_efficient.sampling import check_seed, seeded
+from mmlm_efficient.settings import (
+    MethodLike,
+    as_methods,
+    check_generation,
+    check_generation_values,
+    generation_names,
+)
 from mmlm_efficient.stations.active import activate, active_request
 from mmlm_efficient.streaming import AnswerStream
 
@@ -49,6 +56,15 @@ class _Request:
     seed: int | None
     stopwatch: Stopwatch
     preprocess_s: float
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A request whose images went through the tower; all that is left is to generate."""
+
+    request: _Request
+    prepared: Prepared
+    prepare_s: float
 
 
 class EfficientLMM:
@@ -86,6 +102,12 @@ class EfficientLMM:
         except Exception:
             self._parts.close()
             raise
+
+    @property
+    def image_fit(self) -> Literal["crop", "stretch"]:
+        """How pictures are made square: the middle is cut out ("crop"), or all is distorted."""
+        image_processor = getattr(self.processor, "image_processor", None)
+        return "crop" if getattr(image_processor, "do_center_crop", False) else "stretch"
 
     # Methods
 
@@ -139,6 +161,7 @@ class EfficientLMM:
             max_new_tokens: upper limit of the answer, tokens; the context may end it earlier.
             seed: makes sampling reproducible without touching torch's global random state.
             generation: passed on to transformers' generate(), such as do_sample or temperature.
+                With a generation_config, max_new_tokens of this call is the one that counts.
 
         Raises:
             PromptError: empty question, placeholders that do not match the images, or a prompt
@@ -158,14 +181,22 @@ class EfficientLMM:
     ) -> list[Answer]:
         """Answer several questions in one batch; each answer is what `ask` gives alone.
 
+        Two things belong to the batch and not to one question. With sampling, the questions draw
+        from one sequence of random numbers: a seed reproduces the batch, not the answers that
+        `ask` gives with that seed. And the prompts are padded to the longest one, which decides
+        how many new tokens the context leaves room for.
+
         Args:
             requests: pairs of question and images.
             methods, max_new_tokens, seed, generation: as in `ask`, for all of them.
+
+        Raises:
+            PromptError: a request is no pair; otherwise as `ask`.
         """
         if not requests:
             return []
         request = self._request(requests, methods, max_new_tokens, seed, generation)
-        return self._answer(request, Watch(request.stopwatch))
+        return self._answer(self._ready(request), Watch(request.stopwatch))
 
     def stream(
         self,
@@ -178,7 +209,9 @@ class EfficientLMM:
     ) -> AnswerStream:
         """Answer like `ask`, piece by piece as the text is generated.
 
-        Bad input raises here; what goes wrong while generating raises from the iteration.
+        The pictures are read, the tower runs and methods prune before this returns: bad input
+        (settings, seed, images, budgets, a prompt longer than the context) raises here. What goes
+        wrong while generating raises from the iteration.
 
         Returns:
             An iterator of pieces of text. Closing it stops the generation; `.answer` is the
@@ -188,14 +221,16 @@ class EfficientLMM:
             >>> for piece in lmm.stream("Describe it.", image="scene.png"):  # doctest: +SKIP
             ...     print(piece, end="")
         """
-        if generation.get("num_beams", 1) != 1:
+        check_generation_values(generation)
+        if self._setting("num_beams", generation) not in (None, 1):
             raise SettingsError(
                 "num_beams: beams are known only at the end and cannot be streamed. Use ask()."
             )
         request = self._request([(question, image)], methods, max_new_tokens, seed, generation)
+        ready = self._ready(request)
 
         def work(watch: Watch, streamer: Any) -> Answer:
-            return self._answer(request, watch, streamer=streamer)[0]
+            return self._answer(ready, watch, streamer=streamer)[0]
 
         return AnswerStream(work, Watch(request.stopwatch), self.processor.tokenizer)
 
@@ -224,12 +259,13 @@ class EfficientLMM:
         model_inputs = {name: value for name, value in inputs.items() if name not in names}
         check_generation(model_inputs, also=self._forward_arguments())
         own_ids = _input_ids(model_inputs)
-        _count_from_own_prompt(generation, own_ids.shape[1])
+        self._check_max_length(generation, own_ids.shape[1])
         with torch.no_grad():
             prepared = self._prepare(model_inputs, methods)
+            shortened = prepared.layout.mask.shape[1]
+            generation = self._lengths_after(generation, own_ids.shape[1] - shortened)
             with prepared.active(), seeded(seed, self.model.device):
                 output = self.model.generate(**prepared.model_inputs, **generation)
-        shortened = prepared.layout.mask.shape[1]
         if isinstance(output, Tensor):
             return _behind(own_ids, output[:, shortened:])
         output.sequences = _behind(own_ids, output.sequences[:, shortened:])
@@ -240,7 +276,8 @@ class EfficientLMM:
 
         Args:
             methods: instead of the model's own; () for the stock model.
-            inputs: as the model's forward() takes them; labels are shortened like the prompt.
+            inputs: as the model's forward() takes them; labels [B, S] of the unpruned prompt are
+                cut wherever tokens are, so the loss is that of the tokens that are left.
 
         Returns:
             The model's output; logits [B, S', V] over the shortened prompt.
@@ -248,8 +285,18 @@ class EfficientLMM:
         check_generation(inputs, also=self._forward_arguments())
         _input_ids(inputs)
         prepared = self._prepare(inputs, methods)
+        model_inputs = prepared.model_inputs
+        # Cuts inside the language model come after the model has taken its labels: the loss waits.
+        labels = model_inputs.pop("labels", None) if prepared.cuts_layers else None
         with prepared.active():
-            return self.model(**prepared.model_inputs)
+            output = self.model(**model_inputs)
+        return output if labels is None else self._with_loss(output, prepared.labels_left(labels))
+
+    def _with_loss(self, output: Any, labels: Tensor) -> Any:
+        """The model's output with its own loss in front."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        loss = self.model.loss_function(logits=output.logits, labels=labels, vocab_size=vocabulary)
+        return type(output)(loss=loss, **output)
 
     def close(self) -> None:
         """Take all hooks off the model: it is stock again. Safe to call twice."""
@@ -277,6 +324,20 @@ class EfficientLMM:
         for name, advice in _NOT_FOR_ANSWERS.items():
             if name in generation:
                 raise SettingsError(f"{name}: cannot be used here. {advice}")
+        check_generation_values(generation)
+        config = generation.get("generation_config")
+        if config is not None and (config.num_return_sequences or 1) > 1:
+            raise SettingsError(
+                "generation_config.num_return_sequences: cannot be used here. "
+                + _NOT_FOR_ANSWERS["num_return_sequences"]
+            )
+        check_seed(seed)
+        for position, one in enumerate(requests):
+            if not isinstance(one, list | tuple) or len(one) != 2:
+                raise PromptError(
+                    f"requests[{position}]: expected a pair (question, images), got {one!r:.80}. "
+                    "Write (question, None) without images."
+                )
         number = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
         if not number or max_new_tokens < 1:
             raise SettingsError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}.")
@@ -293,25 +354,31 @@ class EfficientLMM:
             preprocess_s=stopwatch.now() - start,
         )
 
-    def _answer(self, request: _Request, watch: Watch, streamer: Any = None) -> list[Answer]:
-        """Steps 3 to 5, under the clock."""
-        now = request.stopwatch.now
-        start = now()
+    def _ready(self, request: _Request) -> _Ready:
+        """Step 3, under the clock."""
+        start = request.stopwatch.now()
         with torch.no_grad():
             prepared = self._prepare(request.inputs, request.methods)
-            model_inputs = prepared.model_inputs
-            width = prepared.layout.mask.shape[1]
-            limit = min(request.max_new_tokens, self._room(width, model_inputs))
-            criteria = [*(request.generation.get("stopping_criteria") or []), watch]
-            options = {
-                **request.generation,
-                "stopping_criteria": criteria,
-                "max_new_tokens": limit,
-                "return_dict_in_generate": True,
-                "streamer": streamer,
-            }
-            with prepared.active(), seeded(request.seed, self.model.device):
-                output = self.model.generate(**model_inputs, **options)
+        return _Ready(request, prepared, request.stopwatch.now() - start)
+
+    def _answer(self, ready: _Ready, watch: Watch, streamer: Any = None) -> list[Answer]:
+        """Steps 4 and 5, under the clock."""
+        request, prepared, now = ready.request, ready.prepared, ready.request.stopwatch.now
+        start = now()
+        model_inputs = prepared.model_inputs
+        width = prepared.layout.mask.shape[1]
+        limit = min(request.max_new_tokens, self._room(width, model_inputs))
+        criteria = [*(request.generation.get("stopping_criteria") or []), watch]
+        options = {
+            **self._lengths_after(request.generation, request.inputs["input_ids"].shape[1] - width),
+            "stopping_criteria": criteria,
+            "max_new_tokens": limit,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": True,
+            "streamer": streamer,
+        }
+        with torch.no_grad(), prepared.active(), seeded(request.seed, self.model.device):
+            output = self.model.generate(**model_inputs, **options)
         end = now()
         first = end if watch.first_token_s is None else watch.first_token_s
         report = prepared.report()
@@ -327,7 +394,7 @@ class EfficientLMM:
             cancelled=watch.cancelled,
             cache_bytes=kv_bytes(output.get("past_key_values")) // len(new_ids),
             preprocess_s=request.preprocess_s,
-            prefill_s=first - start - report.seconds.get("tower_s", 0.0),
+            prefill_s=ready.prepare_s + first - start - report.seconds.get("tower_s", 0.0),
             decode_s=end - first,
         )
         tokenizer = self.processor.tokenizer
@@ -356,10 +423,44 @@ class EfficientLMM:
         used = width if positions is None else int(positions.max()) + 1
         return max(1, self._parts.family.max_context - used)
 
+    def _setting(self, name: str, generation: Mapping[str, Any]) -> Any:
+        """A setting in force for one call: its argument, its config's or the model's own."""
+        value = generation.get(name)
+        for config in (generation.get("generation_config"), self.model.generation_config):
+            if value is None and config is not None:
+                value = getattr(config, name, None)
+        return value
+
+    def _check_max_length(self, generation: Mapping[str, Any], length: int) -> None:
+        """Refuse a max_length that the caller's prompt uses up."""
+        longest = self._setting("max_length", generation)
+        if longest is None or self._setting("max_new_tokens", generation) is not None:
+            return
+        if longest <= length:
+            raise PromptError(
+                f"max_length is {longest}, but the prompt alone has {length} tokens. "
+                "Raise it, or use max_new_tokens."
+            )
+
+    def _lengths_after(self, generation: Mapping[str, Any], removed: int) -> dict[str, Any]:
+        """Settings for a prompt that is shorter by the removed tokens: max_length and min_length
+        count the caller's own, wherever they come from. No config is changed, only a copy."""
+        settings = dict(generation)
+        for name in ("max_length", "min_length"):
+            value = self._setting(name, generation)
+            if value is None or removed == 0:
+                continue
+            given = settings.get("generation_config")
+            if generation.get(name) is None and getattr(given, name, None) is not None:
+                settings["generation_config"] = given = copy.deepcopy(given)
+                setattr(given, name, max(0, value - removed))
+            else:
+                settings[name] = max(0, value - removed)
+        return settings
+
     def _token_ids(self, name: str, generation: Mapping[str, Any]) -> list[int]:
         """Special token ids in force for one call: its argument, its config, or the model's."""
-        config = generation.get("generation_config") or self.model.generation_config
-        value = generation.get(name, getattr(config, name, None))
+        value = self._setting(name, generation)
         if value is None:
             return []
         if isinstance(value, Tensor):
@@ -379,21 +480,6 @@ def _input_ids(inputs: Mapping[str, Any]) -> Tensor:
             "with return_tensors='pt'."
         )
     return ids
-
-
-def _count_from_own_prompt(generation: dict[str, Any], length: int) -> None:
-    """max_length and min_length count the caller's prompt, which is longer than the pruned one."""
-    longest = generation.pop("max_length", None)
-    if longest is not None and generation.get("max_new_tokens") is None:
-        if longest <= length:
-            raise PromptError(
-                f"max_length is {longest}, but the prompt alone has {length} tokens. "
-                "Raise it, or use max_new_tokens."
-            )
-        generation["max_new_tokens"] = longest - length
-    shortest = generation.pop("min_length", None)
-    if shortest is not None and generation.get("min_new_tokens") is None:
-        generation["min_new_tokens"] = max(0, shortest - length)
 
 
 def _behind(own_ids: Tensor, new_ids: Tensor) -> Tensor:

@@ -32,6 +32,18 @@ class _OwnGenerator(TorchFunctionMode):
         return func(*args, **options)
 
 
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that is no whole number from 0 to 2**63 - 1; None is fine.
+
+    Example:
+        >>> check_seed(7)
+    """
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise SettingsError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
+
+
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Sample tokens from a generator of this request alone.
@@ -55,11 +67,10 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         ...     torch.equal(first, torch.multinomial(torch.ones(9), 5))
         True
     """
+    check_seed(seed)
     if seed is None:
         yield
         return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise SettingsError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
     generator = torch.Generator(device=device).manual_seed(seed)
     with _OwnGenerator(generator):
         yield

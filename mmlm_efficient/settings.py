@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,6 +143,66 @@ def check_generation(given: Iterable[str], also: Iterable[str] = ()) -> None:
     refuse_unknown(given, generation_names().union(also), "generation")
 
 
+# Smallest whole number that each of these may be.
+_AT_LEAST = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_length": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "top_k": 0,
+    "no_repeat_ngram_size": 0,
+}
+# Numbers above 0, up to a limit.
+_ABOVE_ZERO = {
+    "temperature": math.inf,
+    "repetition_penalty": math.inf,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
+
+
+def check_generation_values(given: Mapping[str, Any]) -> None:
+    """Refuse values that transformers' generate() would stumble over later.
+
+    Args:
+        given: arguments of generate() by name.
+
+    Raises:
+        SettingsError: naming the argument and what it may be.
+
+    Example:
+        >>> check_generation_values({"num_beams": 2, "temperature": 0.7})
+    """
+    from transformers import GenerationConfig
+
+    for name, least in _AT_LEAST.items():
+        value = given.get(name)
+        if value is not None and (not _is_number(value, int) or value < least):
+            raise SettingsError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    for name, most in _ABOVE_ZERO.items():
+        value = given.get(name)
+        # Temperature 0 is a common way to say "no sampling".
+        unused = name == "temperature" and value == 0 and not given.get("do_sample")
+        if value is None or (unused and _is_number(value, int, float)):
+            continue
+        if not _is_number(value, int, float) or not 0 < value <= most or value == math.inf:
+            limit = "" if most == math.inf else f" and at most {most:g}"
+            raise SettingsError(f"{name} must be a number above 0{limit}, got {value!r}.")
+    for name in ("do_sample", "use_cache"):
+        if not isinstance(given.get(name), bool | None):
+            raise SettingsError(f"{name} must be true or false, got {given[name]!r}.")
+    config = given.get("generation_config")
+    if not isinstance(config, GenerationConfig | None):
+        raise SettingsError(
+            f"generation_config: expected a transformers.GenerationConfig, got {config!r:.80}."
+        )
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def _generation(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
@@ -150,6 +211,7 @@ def _generation(value: Any) -> dict[str, Any]:
             f"generation: expected names and values, got {value!r}. Write {{max_new_tokens: 32}}."
         )
     check_generation(value, also=("seed",))
+    check_generation_values(value)
     return dict(value)
 
 

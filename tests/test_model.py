@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mmlm_efficient import EfficientLMM, FlowCut, RandomPruning, UniformPruning
 from mmlm_efficient.errors import MediaError, PromptError, SettingsError, UnsupportedError
@@ -83,6 +84,26 @@ def test_max_length_counts_the_callers_prompt(lmm: EfficientLMM) -> None:
     assert ids.shape[1] == length + 3
     with pytest.raises(PromptError, match=f"max_length is {length}.* {length} tokens"):
         lmm.generate(**inputs, methods="flowcut:9", max_length=length)
+
+
+@pytest.mark.parametrize("method", ["none", "flowcut:9"])
+def test_lengths_of_a_config_count_the_callers_prompt(method: str) -> None:
+    with EfficientLMM(tiny_llava(), tiny_processor(), method) as one:
+        inputs = inputs_of(one, (QUESTION, picture()))
+        length = inputs["input_ids"].shape[1]
+        given = GenerationConfig(max_length=length + 4, min_length=length + 4)
+        assert one.generate(**inputs, generation_config=given).shape[1] == length + 4
+        assert (given.max_length, given.min_length) == (length + 4, length + 4)
+        # An argument wins over the config.
+        ids = one.generate(**inputs, generation_config=given, max_length=length + 6)
+        assert ids.shape[1] == length + 6
+        with pytest.raises(PromptError, match=f"max_length is {length}"):
+            one.generate(**inputs, generation_config=GenerationConfig(max_length=length))
+        own = one.model.generation_config
+        own.max_length = length + 5
+        assert one.generate(**inputs).shape[1] == length + 5
+        assert one.generate(**inputs, max_new_tokens=2).shape[1] == length + 2
+        assert own.max_length == length + 5
 
 
 def test_forward(lmm: EfficientLMM) -> None:
@@ -218,6 +239,23 @@ def test_unknown_generation_argument(lmm: EfficientLMM) -> None:
 def test_generation_arguments_that_do_not_fit_an_answer(lmm: EfficientLMM, name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}: cannot be used here"):
         lmm.ask(QUESTION, **{name: 2})
+
+
+def test_config_that_does_not_fit_an_answer(lmm: EfficientLMM) -> None:
+    two = GenerationConfig(num_return_sequences=2, do_sample=True)
+    for call in (lmm.ask, lmm.stream):
+        with pytest.raises(SettingsError, match=r"generation_config\.num_return_sequences"):
+            call(QUESTION, picture(), generation_config=two)
+    with pytest.raises(SettingsError, match="num_beams"):
+        lmm.stream(QUESTION, picture(), generation_config=GenerationConfig(num_beams=2))
+    with pytest.raises(SettingsError, match="expected a transformers.GenerationConfig, got 3"):
+        lmm.ask(QUESTION, picture(), generation_config=3)
+
+
+@pytest.mark.parametrize("requests", [["text"], [("text",)], [("text", None, None)], "text"])
+def test_requests_that_are_no_pairs(lmm: EfficientLMM, requests: Any) -> None:
+    with pytest.raises(PromptError, match=r"requests\[0\]: expected a pair"):
+        lmm.ask_batch(requests)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
@@ -407,6 +445,19 @@ def test_bad_input_raises_before_the_stream_starts(lmm: EfficientLMM) -> None:
         lmm.stream("", picture())
     with pytest.raises(SettingsError, match="num_beams"):
         lmm.stream(QUESTION, picture(), num_beams=2)
+    with pytest.raises(SettingsError, match="seed must be"):
+        lmm.stream(QUESTION, picture(), seed=-1)
+    with pytest.raises(SettingsError, match="temperature must be"):
+        lmm.stream(QUESTION, picture(), temperature=-1)
+    with pytest.raises(SettingsError, match="keep_tokens"):
+        lmm.stream(QUESTION, picture(), methods=FlowCut(keep_tokens=(9, 9)))
+    with (
+        EfficientLMM(
+            tiny_llava(language={"max_position_embeddings": 40}), tiny_processor()
+        ) as small,
+        pytest.raises(PromptError, match=r"42 positions.* 40"),
+    ):
+        small.stream(QUESTION, picture())
     assert no_stream_threads()
 
 

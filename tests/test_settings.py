@@ -14,6 +14,7 @@ from mmlm_efficient.settings import (
     Config,
     as_methods,
     check_generation,
+    check_generation_values,
     load_config,
     parse_method,
     preset_names,
@@ -98,6 +99,32 @@ def test_generation_names() -> None:
     check_generation(["temperature", "top_p", "num_beams", "max_new_tokens", "logits_processor"])
     with refuse("'temprature'", "'temperature'"):
         check_generation(["temprature"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("num_beams", 0, "whole number >= 1"),
+        ("num_beams", "two", "whole number >= 1"),
+        ("top_k", -1, "whole number >= 0"),
+        ("temperature", -1, "number above 0"),
+        ("temperature", "hot", "number above 0"),
+        ("top_p", 1.5, "above 0 and at most 1"),
+        ("repetition_penalty", float("inf"), "number above 0"),
+        ("do_sample", 1, "true or false"),
+    ],
+)
+def test_generation_values(name: str, value: object, allowed: str) -> None:
+    with refuse(f"{name} must be", allowed, repr(value)):
+        check_generation_values({name: value})
+    with refuse(f"{name} must be"):
+        Config.read({"generation": {name: value}})
+
+
+def test_temperature_zero_needs_no_sampling() -> None:
+    check_generation_values({"temperature": 0})
+    with refuse("temperature must be"):
+        check_generation_values({"temperature": 0, "do_sample": True})
 
 
 def test_config_reads_every_field() -> None:
