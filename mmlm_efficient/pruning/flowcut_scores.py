@@ -2,7 +2,7 @@
 
 Source: "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
 arXiv 2505.19536, and its reference code (TungChintao/FlowCut, Apache-2.0), whose numbers these
-functions reproduce. All of them compute in float32 whatever the model's dtype.
+functions reproduce. All of them compute in float32 whatever the model's dtype, and under autocast.
 
 Shapes: B images, L tokens (padding included), h heads, d head width, N patches.
 """
@@ -14,6 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def _products(equation: str, relay: Tensor, tokens: Tensor) -> Tensor:
+    """``torch.einsum`` in float32, also where autocast would make it half precision."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return torch.einsum(equation, relay.float(), tokens.float())
 
 
 def relay_weights(relay: Tensor, tokens: Tensor, scale: float, valid: Tensor | None) -> Tensor:
@@ -28,7 +34,7 @@ def relay_weights(relay: Tensor, tokens: Tensor, scale: float, valid: Tensor | N
     Returns:
         float32 [B, L]; each row sums to 1, padding has weight 0.
     """
-    logits = torch.einsum("bhd,blhd->bhl", relay.float(), tokens.float()) * scale
+    logits = _products("bhd,blhd->bhl", relay, tokens) * scale
     if valid is not None:
         logits = logits.masked_fill(~valid.unsqueeze(1), -math.inf)
     return logits.softmax(dim=-1).mean(dim=1)
@@ -134,7 +140,7 @@ def query_scores(
     """
 
     def softmax(relay: Tensor, tokens: Tensor) -> Tensor:
-        logits = torch.einsum("hd,hvd->hv", relay.float(), tokens.float()) * scaling
+        logits = _products("hd,hvd->hv", relay, tokens) * scaling
         return logits.softmax(dim=-1).mean(dim=0)
 
     relation, semantic = softmax(query, keys), softmax(value, values)
