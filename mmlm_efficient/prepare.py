@@ -27,6 +27,7 @@ from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
 from mmlm_efficient.pruning.base import Method, PruningMethod, TowerJob
 from mmlm_efficient.stations.bridge import (
+    IGNORED_LABEL,
     PaddingSide,
     PromptLayout,
     find_blocks,
@@ -148,6 +149,26 @@ class Prepared:
         with self.parts.layer.active(self._request):
             yield
 
+    @property
+    def cuts_layers(self) -> bool:
+        """Whether tokens are cut inside the language model: logits are then fewer than inputs."""
+        return self._request is not None and bool(self._request.cuts)
+
+    def labels_left(self, labels: Tensor) -> Tensor:
+        """Labels of the tokens whose logits the last forward returned.
+
+        Args:
+            labels: int64 [B, S'], as in ``model_inputs``.
+
+        Returns:
+            int64 [B, S''], -100 on padding.
+        """
+        if self._request is None:
+            return labels
+        layout = self._request.layout
+        mask, origin = layout.mask.to(labels.device), layout.origin.to(labels.device)
+        return labels.gather(1, origin).masked_fill(~mask, IGNORED_LABEL)
+
     def report(self) -> PruningReport:
         """What happened to each image; the decoder's part is complete after the prefill."""
         seconds = dict(self._seconds)
@@ -174,7 +195,8 @@ class Prepared:
             per_layer.append(entering)
             entering = next((left for cut, left in cuts if cut == layer), entering)
         details: dict[str, Any] = {}
-        if run is not None:
+        # An image with nothing to prune reports as if alone, when no pass runs at all.
+        if run is not None and len(run.kept[image]) < tokens.n_in:
             tower_pass = run.tower_pass
             details = {
                 "layer_counts": tuple(run.layer_counts[image]),
@@ -325,13 +347,38 @@ def _bridge(prepared: Prepared, pixel_values: Tensor) -> None:
     for image, budget in enumerate(budgets):
         tokens = prepared.tokens[image]
         # A CLS token always stays, and is one of the budget.
-        patches = tokens.take(torch.arange(lead, len(tokens)))
-        keep = method.select(patches, max(0, budget - lead), pixel_values[image])
-        if keep is not None and len(keep) < len(patches):
-            tokens = tokens.take(torch.cat([torch.arange(lead), keep.to("cpu") + lead]))
+        if budget < len(tokens) or not method.exact:
+            patches = tokens.take(torch.arange(lead, len(tokens)))
+            wanted = max(0, budget - lead)
+            keep = method.select(patches, wanted, pixel_values[image])
+            if keep is not None:
+                keep = _checked_selection(method, keep, patches, wanted)
+                tokens = tokens.take(torch.cat([torch.arange(lead), keep + lead]))
         selected.append(tokens)
     prepared.tokens = tuple(selected)
     prepared._seconds["prune_s"] += time.perf_counter() - start
+
+
+def _checked_selection(
+    method: PruningMethod, keep: Tensor, patches: VisualTokens, budget: int
+) -> Tensor:
+    """A method's selection on the CPU, refused unless it is what ``select`` has to return."""
+    where = f"method '{method.name}', image {patches.image}: select() must return"
+    whole = isinstance(keep, Tensor) and keep.dtype in (torch.int64, torch.int32)
+    if not whole or keep.ndim != 1:
+        got = f"{list(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else type(keep)
+        raise SettingsError(f"{where} a tensor of int64 positions [{budget}], got {got}")
+    keep = keep.detach().to("cpu", torch.int64)
+    if method.exact and len(keep) != budget:
+        raise SettingsError(f"{where} exactly {budget} positions (the budget), got {len(keep)}")
+    if bool((keep.diff() <= 0).any()):
+        raise SettingsError(f"{where} positions in ascending order, each once: sort them")
+    if len(keep) and not 0 <= int(keep[0]) <= int(keep[-1]) < len(patches):
+        raise SettingsError(
+            f"{where} positions from 0 to {len(patches) - 1} among the tokens that it was given "
+            f"(not patch indices), got {int(keep[0])} to {int(keep[-1])}"
+        )
+    return keep
 
 
 def _shorten(prepared: Prepared) -> None:
@@ -380,7 +427,11 @@ def _plan_layers(prepared: Prepared) -> None:
         ]
     original = _keeps_positions(prepared)
     request = LayerRequest(
-        prepared.layout, cuts, compact=not original, gaps="position_ids" in prepared._inputs
+        prepared.layout,
+        cuts,
+        compact=not original,
+        # Of an uncut prompt, the caller's position ids mean what they mean to the stock model.
+        gaps="position_ids" in prepared._inputs and bool(prepared.layout.removed.any()),
     )
     prepared._request = None if request.idle else request
 

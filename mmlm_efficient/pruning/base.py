@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -47,7 +48,7 @@ class Method(BaseModel):
 
     def __init__(self, **settings: Any) -> None:
         try:
-            super().__init__(**settings)
+            super().__init__(**{name: _plain(value) for name, value in settings.items()})
         except ValidationError as error:
             raise SettingsError(_explained(type(self), error)) from None
 
@@ -80,7 +81,13 @@ class PruningMethod(Method):
     The budget T is a number of visual tokens per image: ``keep_tokens``, or
     ``max(1, floor(keep_ratio * N))`` of the N tokens an image has. A tuple gives each image of a
     call its own budget. Exactly T tokens are kept; with T >= N nothing is pruned.
+
+    Class attributes:
+        exact: :meth:`select` keeps exactly the budget, and is not called when that is all tokens.
+            False for a method that counts by itself.
     """
+
+    exact: ClassVar[bool] = True
 
     keep_tokens: Budget = Field(None, description="tokens to keep per image, >= 1")
     keep_ratio: Ratio = Field(None, description="share of the tokens to keep per image, in (0, 1]")
@@ -212,16 +219,27 @@ def _each(field: str, value: Any, check: Any) -> Any:
 
 
 def _checked_count(field: str, value: Any) -> int:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingsError(f"{field} must be an integer >= 1 (tokens per image), got {value!r}")
     return value
 
 
 def _checked_ratio(field: str, value: Any) -> float:
+    value = _plain(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:
         raise SettingsError(f"{field} must be a number in (0, 1], got {value!r}")
     return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own int or float for a number of another kind, such as NumPy's."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _explained(method: type[Method], error: ValidationError) -> str:
@@ -229,12 +247,16 @@ def _explained(method: type[Method], error: ValidationError) -> str:
     lines = []
     for detail in error.errors():
         field = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] == "missing":
+            lines.append(f"{field} is missing: {method.model_fields[field].description}")
+        elif detail["type"] == "extra_forbidden" and not method.model_fields:
+            lines.append(f"takes no settings, got '{field}'")
+        elif detail["type"] == "extra_forbidden":
             hint = nearest(field, method.model_fields)
             lines.append(
                 f"unknown setting '{field}'"
                 + (f", did you mean '{hint}'?" if hint is not None else "")
-                + f" Valid: {', '.join(method.model_fields) or 'none'}."
+                + f" Valid: {', '.join(method.model_fields)}."
             )
         elif detail["type"] == "value_error":
             lines.append(str(detail["ctx"]["error"]))

@@ -207,7 +207,10 @@ class FlowCutPass(TowerPass):
             self.scores = total.clone()
             return
         for image, index in enumerate(self._index):
-            self.scores[image, index] = total[image, : self._counts[image]]
+            now = self._counts[image]
+            # Alone, an image at its target is no longer scored; batch mates change nothing.
+            if now > self.job.targets[image]:
+                self.scores[image, index] = total[image, :now]
 
     def _next_counts(self, layer: int, attention: Tensor) -> list[int]:
         """Patches of each image after the cut at this layer."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
@@ -46,7 +46,23 @@ class KeepMask(PruningMethod):
     name: ClassVar[str] = "keep_mask"
     stations: ClassVar[tuple[Station, ...]] = ("bridge",)
 
-    mask: Selection | tuple[Selection, ...] = Field(description="patches to keep; see the class")
+    exact: ClassVar[bool] = False
+
+    mask: Selection | tuple[Selection, ...] = Field(
+        description="patches to keep, as a boolean mask or raster indices"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_budget(cls, settings: Any) -> Any:
+        # Before the fields: without a mask, the advice must not be to add one to the budget.
+        for name in ("keep_tokens", "keep_ratio"):
+            if isinstance(settings, dict) and settings.get(name) is not None:
+                raise SettingsError(
+                    f"takes no {name}: the mask says how many tokens stay. Leave it out, or use "
+                    "a method with a budget"
+                )
+        return settings
 
     @field_validator("mask", mode="before")
     @classmethod
@@ -54,13 +70,7 @@ class KeepMask(PruningMethod):
         return _selections(value)
 
     def check_budget(self) -> None:
-        """The mask is the budget.
-
-        Raises:
-            SettingsError: keep_tokens or keep_ratio is given.
-        """
-        if self.keep_tokens is not None or self.keep_ratio is not None:
-            raise SettingsError("the mask says how many tokens stay: leave out the budget")
+        """The mask is the budget."""
 
     def budgets(self, n_tokens: Sequence[int]) -> tuple[int, ...]:
         """Size of every image's selection."""

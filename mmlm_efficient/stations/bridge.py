@@ -18,8 +18,10 @@ from torch import Tensor
 from mmlm_efficient.errors import PromptError
 
 PaddingSide = Literal["left", "right"]
+# The label that the losses of transformers leave out.
+IGNORED_LABEL = -100
 # What fills the padding of per-token inputs; everything not listed is filled with 0.
-_FILL = {"labels": -100}
+_FILL = {"labels": IGNORED_LABEL}
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,14 @@ def shortened(
         pad_token_id: id written on padding.
         original_positions: also give position_ids, each token keeping its position in the uncut
             prompt. ``generate()`` continues them from the last one, the uncut prompt's end.
+            Position ids among the inputs are kept with it, and renumbered without it: each is
+            lowered by the tokens cut before it.
 
     Returns:
         The inputs [B, S'], with the attention mask always present.
+
+    Raises:
+        PromptError: position ids among the inputs do not ascend, or have another shape.
     """
     input_ids = inputs["input_ids"]
     device = input_ids.device
@@ -230,10 +237,32 @@ def shortened(
             result[name] = value
     dtype = inputs["attention_mask"].dtype if "attention_mask" in inputs else torch.long
     result["attention_mask"] = mask.to(dtype)
-    if original_positions:
-        before = prompt_positions(_mask_of(inputs))
-        result["position_ids"] = before.gather(1, source).masked_fill(~mask, 0)
+    if original_positions or "position_ids" in inputs:
+        positions = _positions_of(inputs).gather(1, source)
+        if not original_positions:
+            positions = positions - layout.shift.to(device)
+        result["position_ids"] = positions.masked_fill(~mask, 0)
     return result
+
+
+def _positions_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Position ids [B, S] of the uncut prompt: the caller's, or counted over its real tokens."""
+    mask, given = _mask_of(inputs), inputs.get("position_ids")
+    if given is None:
+        return prompt_positions(mask)
+    if given.ndim != 2 or given.shape[1] != mask.shape[1] or len(given) not in (1, len(mask)):
+        raise PromptError(
+            f"position_ids: expected shape {list(mask.shape)}, that of input_ids, got "
+            f"{list(given.shape)}. Leave them out to have them counted."
+        )
+    given = given.expand(len(mask), -1)
+    for sample, (row, real) in enumerate(zip(given, mask != 0, strict=True)):
+        if bool((row[real].diff() <= 0).any()):
+            raise PromptError(
+                f"position_ids of prompt {sample} do not ascend. Prompts packed into one row "
+                "cannot be pruned: give each its own row."
+            )
+    return given
 
 
 def _mask_of(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -153,6 +153,11 @@ class LayerRequest:
         """Whether the request has nothing to do at this station."""
         return not self.cuts and not self._gaps
 
+    @property
+    def layout(self) -> PromptLayout:
+        """What the last forward over the prompt left of it; ``origin`` counts its columns."""
+        return self._layouts[-1]
+
     # -- one forward -----------------------------------------------------------------------
 
     def begin(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
@@ -167,6 +172,12 @@ class LayerRequest:
                 f"of {hidden.shape[0]}. Prepare the inputs that you run."
             )
         prefill = past == 0
+        if self.cuts and not prefill and (not self.prefilled or past < width):
+            raise UnsupportedError(
+                f"the cache holds {past} tokens before the prompt's first forward. Pruning in the "
+                "decoder supports only an empty cache there: leave out past_key_values, and give "
+                "the earlier turns as part of the prompt."
+            )
         n_new = hidden.shape[1] - width if prefill else 0
         if prefill and self.cuts:
             self._check_prefill(n_new, cache)
@@ -176,10 +187,16 @@ class LayerRequest:
 
     def _check_prefill(self, n_new: int, cache: Any) -> None:
         if n_new < 0 or (n_new > 0 and (cache is not None or not self.prefilled)):
+            width = self._layouts[0].mask.shape[1]
+            advice = (
+                "in one forward: do not set prefill_chunk_size"
+                if n_new < 0
+                else "alone in its first forward: assisted decoding (assistant_model, "
+                "prompt_lookup_num_tokens) is not supported with it"
+            )
             raise UnsupportedError(
-                f"the prefill has {self._layouts[0].mask.shape[1] + n_new} tokens where the "
-                f"prepared prompt has {self._layouts[0].mask.shape[1]}. Pruning in the decoder "
-                "needs the whole prompt in one forward: do not set prefill_chunk_size."
+                f"the prefill has {width + n_new} tokens where the prepared prompt has {width}. "
+                f"Pruning in the decoder needs the whole prompt {advice}."
             )
         if getattr(cache, "is_compileable", False):
             raise UnsupportedError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,12 +139,37 @@ def test_presets() -> None:
 
 
 def test_none_and_keep_mask_take_no_budget() -> None:
-    with pytest.raises(SettingsError, match="unknown setting 'keep_tokens'"):
+    with pytest.raises(SettingsError, match="none: takes no settings, got 'keep_tokens'"):
         NoPruning(keep_tokens=4)
-    with pytest.raises(SettingsError, match="leave out the budget"):
+    with pytest.raises(SettingsError, match="keep_mask: takes no keep_ratio: the mask says"):
         KeepMask(mask=[1, 2], keep_ratio=0.5)
-    with pytest.raises(SettingsError, match="keep_mask: mask: Field required"):
+    with pytest.raises(SettingsError, match="keep_mask: takes no keep_tokens: the mask says"):
+        KeepMask(keep_tokens=4)
+    with pytest.raises(SettingsError, match="keep_mask: mask is missing: patches to keep"):
         KeepMask()
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    method = FlowCut(
+        keep_tokens=(np.int64(4), np.int32(5)),
+        prune_interval=np.int64(1),
+        llm_prune_layer=np.int16(0),
+        llm_keep_tokens=np.uint8(3),
+        score_momentum=np.float32(0.25),
+    )
+    assert method == FlowCut(
+        keep_tokens=(4, 5),
+        prune_interval=1,
+        llm_prune_layer=0,
+        llm_keep_tokens=3,
+        score_momentum=0.25,
+    )
+    assert isinstance(method.keep_tokens, tuple)
+    assert [type(count) for count in method.keep_tokens] == [int, int]
+    assert type(RandomPruning(keep_ratio=np.float32(0.5)).keep_ratio) is float
+    for bad in (np.bool_(True), np.float64(4.0), np.int64(0)):
+        with pytest.raises(SettingsError, match="integer >= 1"):
+            UniformPruning(keep_tokens=bad)
 
 
 def test_every_field_is_described() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.prepare import LMMParts, Prepared, prepare
@@ -339,6 +339,30 @@ class TestRefusals:
             prepared = pruned(parts)
             with prepared.active(), pytest.raises(UnsupportedError, match="prefill_chunk_size"):
                 model.generate(**prepared.model_inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+    def test_assisted_decoding(self) -> None:
+        model = tiny.tiny_llava()
+        with torch.no_grad(), LMMParts(model) as parts:
+            prepared = pruned(parts)
+            cache = DynamicCache(config=model.config.get_text_config())
+            longer = torch.zeros(3, prepared.layout.mask.shape[1] + 2, 32)
+            with prepared.active(), pytest.raises(UnsupportedError, match="assistant_model"):
+                model.model.language_model(inputs_embeds=longer, past_key_values=cache)
+
+    def test_filled_cache(self) -> None:
+        model = tiny.tiny_llava()
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad(), LMMParts(model) as parts:
+            prepared = pruned(parts)
+            mask = prepared.model_inputs["attention_mask"]
+            model(torch.full((3, 4), 5), past_key_values=cache)
+            inputs = {
+                **prepared.model_inputs,
+                "attention_mask": torch.cat([torch.ones_like(mask[:, :4]), mask], dim=1),
+                "past_key_values": cache,
+            }
+            with prepared.active(), pytest.raises(UnsupportedError, match="only an empty cache"):
+                model(**inputs)
 
     def test_static_cache(self) -> None:
         model = tiny.tiny_llava()
