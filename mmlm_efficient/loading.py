@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ import torch
 
 from mmlm_efficient.errors import ModelLoadError, SettingsError, UnsupportedError, nearest
 from mmlm_efficient.families import FAMILIES
-from mmlm_efficient.model import EfficientLMM
-from mmlm_efficient.pruning.base import Method
+from mmlm_efficient.model import EfficientLMM, Methods
+from mmlm_efficient.prepare import check_methods
 from mmlm_efficient.quantization import (
     Quantization,
     check_quantization,
@@ -27,6 +27,7 @@ from mmlm_efficient.quantization import (
     skipped_modules,
     verify_quantized,
 )
+from mmlm_efficient.settings import as_methods
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def load(
     source: str | os.PathLike[str] = POCKET,
-    methods: Method | Sequence[Method] = (),
+    methods: Methods = (),
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantization: Quantization | None = None,
@@ -58,7 +59,8 @@ def load(
     Args:
         source: "pocket" (the small model in this package), the path of a folder in the layout of
             transformers, or a hub id such as "llava-hf/llava-1.5-7b-hf".
-        methods: what every request goes through unless it says otherwise.
+        methods: what every request goes through unless it says otherwise: method objects, or
+            their short forms such as "flowcut:64".
         dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype. None is
             float32 on the CPU and as stored elsewhere.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto" (cuda if there is one).
@@ -70,7 +72,8 @@ def load(
         The model in eval mode with its processor.
 
     Raises:
-        SettingsError: unknown dtype, device, quantization or attention kernel.
+        SettingsError: unknown dtype, device, quantization or attention kernel, or methods that
+            are unknown or clash.
         ModelLoadError: the model is not there, incomplete or damaged, or the device is missing.
         UnsupportedError: the model belongs to no supported family.
 
@@ -78,6 +81,8 @@ def load(
         >>> lmm = load("pocket")  # doctest: +SKIP
         >>> lmm.ask("What is left of the cat?", image="scene.png").text  # doctest: +SKIP
     """
+    chosen = as_methods(methods)
+    check_methods(chosen)
     target = check_device(device)
     wanted = check_dtype(dtype, target)
     check_quantization(quantization)
@@ -99,7 +104,7 @@ def load(
     else:
         verify_quantized(model, quantization, skip)
     log.info("loaded %s from %s on %s", name, folder, target)
-    return EfficientLMM(model.eval(), _read_processor(folder, name), methods, name=name)
+    return EfficientLMM(model.eval(), _read_processor(folder, name), chosen, name=name)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -181,6 +186,10 @@ def find_folder(source: str, revision: str | None = None) -> Path:
                 f"{'; '.join(missing)}. Install the package again, or train them: mmlm train pocket"
             )
         return POCKET_WEIGHTS
+    if not source.strip():
+        raise ModelLoadError(
+            "source: is empty. Give 'pocket', the path of a model folder, or a hub id (OWNER/NAME)."
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         missing = missing_files(path)
@@ -203,8 +212,15 @@ def find_folder(source: str, revision: str | None = None) -> Path:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a model folder lacks, in words; empty when it is complete."""
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    """What a model folder lacks, in words; empty when it is complete.
+
+    Raises:
+        ModelLoadError: the folder cannot be read, or the index of its weights is damaged.
+    """
+    try:
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise ModelLoadError(f"{folder}: the folder cannot be read: {error}") from error
     missing = [] if "config.json" in names else ["config.json"]
     index = "model.safetensors.index.json"
     if index in names:
@@ -221,16 +237,45 @@ def missing_files(folder: Path) -> list[str]:
 def _shards(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"{index}: cannot be read: {error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelLoadError(f"{index}: is damaged, it has no readable weight_map.") from error
 
 
 def _from_hub(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    # The config alone says whether the gigabytes are worth fetching.
+    config = _fetched(
+        source, revision, lambda: hf_hub_download(source, "config.json", revision=revision)
+    )
+    _check_family(_read_config(config.parent, source), source)
+    folder = _fetched(
+        source,
+        revision,
+        lambda: snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES),
+    )
+    missing = missing_files(folder)
+    if missing:
+        raise ModelLoadError(_incomplete(source, folder, missing))
+    return folder
+
+
+def _fetched(source: str, revision: str | None, fetch: Callable[[], str]) -> Path:
+    """What a call of huggingface_hub fetched; its errors in words."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(fetch())
     except GatedRepoError as error:
         raise ModelLoadError(
             f"{source}: access is restricted. Accept its terms on the hub, then run: hf auth login"
@@ -240,16 +285,35 @@ def _from_hub(source: str, revision: str | None) -> Path:
             f"{source}: no such model on the hub, and no folder of that name here. "
             "Check the spelling, or log in for a private one: hf auth login"
         ) from error
-    except HfHubHTTPError as error:
-        raise ModelLoadError(f"{source}: the hub answered with an error: {error}") from error
-    except (OSError, ValueError) as error:  # offline, not cached, or only in part
+    except RevisionNotFoundError as error:
+        raise ModelLoadError(f"{source}: has no revision {revision!r} on the hub.") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:  # not cached, or only in part
         cached = try_to_load_from_cache(source, "config.json", revision=revision)
         folder = Path(cached).parent if isinstance(cached, str) else Path("-")
-        raise ModelLoadError(_offline(source, missing_files(folder))) from error
-    missing = missing_files(folder)
-    if missing:
-        raise ModelLoadError(_offline(source, missing))
-    return folder
+        missing = missing_files(folder)
+        raise ModelLoadError(f"{_offline(source, missing)} ({error})") from error
+    except EntryNotFoundError as error:
+        raise ModelLoadError(
+            f"{source}: its repository on the hub lacks a file: {error}. "
+            "A model in the layout of transformers is needed."
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelLoadError(f"{source}: the hub answered with an error: {error}") from error
+    except (OSError, ValueError) as error:  # such as a full disk
+        raise ModelLoadError(f"{source}: could not be fetched from the hub: {error}") from error
+
+
+def _incomplete(source: str, folder: Path, missing: list[str]) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _offline(source, missing)
+    return (
+        f"{source}: its files in {folder} are incomplete; missing: {'; '.join(missing)}. Either "
+        "the repository on the hub does not hold them (a model in the layout of transformers, "
+        "with safetensors weights, is needed), or the hub did not answer and only a part was "
+        "cached before: try again."
+    )
 
 
 def _offline(source: str, missing: list[str]) -> str:

@@ -183,6 +183,73 @@ def test_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         load("llava-hf/llava-1.5-7b-hf")
 
 
+class Fetched(Exception):
+    """Stands for the download of the weights."""
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, config: Path, weights: Path | Exception) -> None:
+    """A hub that gives these."""
+
+    def snapshot(*_: Any, **__: Any) -> str:
+        if isinstance(weights, Exception):
+            raise weights
+        return str(weights)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(config))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_hub_id_is_checked_before_its_weights_are_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, folder / "config.json", Fetched())
+    with pytest.raises(Fetched):
+        load("owner/name")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with refuse(UnsupportedError, "owner/name", "'gpt2'"):
+        load("owner/name")
+
+
+def test_hub_problems_that_are_not_the_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folder / "config.json"
+    hub(monkeypatch, config, OSError(28, "No space left on device"))
+    with pytest.raises(ModelLoadError, match="No space left on device") as full:
+        load("owner/name")
+    assert "cannot be reached" not in str(full.value)
+    (folder / "model.safetensors").unlink()
+    hub(monkeypatch, config, folder)
+    with pytest.raises(ModelLoadError, match="does not hold them") as without:
+        load("owner/name")
+    assert "model.safetensors" in str(without.value)
+    assert "cannot be reached" not in str(without.value)
+
+
+def test_methods_are_checked_before_anything_is_read(saved: Path) -> None:
+    with refuse(SettingsError, "'random' and 'uniform'"):
+        load("nowhere", methods=["random:4", "uniform:4"])
+    with refuse(SettingsError, "did you mean 'flowcut'"):
+        load("nowhere", methods="flowcat:4")
+    assert load(saved, methods="flowcut:9").methods == (FlowCut(keep_tokens=9),)
+
+
+@pytest.mark.parametrize("source", ["", "  "])
+def test_empty_source(source: str) -> None:
+    with refuse(ModelLoadError, "source: is empty", "'pocket'"):
+        load(source)
+
+
+def test_folder_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with refuse(ModelLoadError, str(folder), "cannot be read", "Permission denied"):
+        load(folder)
+
+
 def test_config_that_is_not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with refuse(ModelLoadError, "config.json cannot be read"):
