@@ -9,8 +9,10 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -37,6 +39,9 @@ train_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(train_app, name="train")
+
+# Programs beside the benchmarks that measure nothing.
+_NO_BENCHMARKS = ("readme_tables",)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -123,6 +128,7 @@ def ask(
     if plot is not None:
         if not image:
             raise SettingsError("--plot: there is no --image to draw on.")
+        _check_png("--plot", plot)
         require_extra("matplotlib", "plots")
     given = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
     settings = _settings(config, given, _methods(method, keep_tokens, keep_ratio))
@@ -135,23 +141,43 @@ def ask(
     _quiet_transformers(settings.model)
     lmm = load(**settings.load_options())
     images: Any = image or None
-    if stream:
-        with lmm.stream(question, images, **options) as pieces:
-            for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        sys.stdout.write("\n")
-        answer = cast("Answer", pieces.answer)
-    else:
-        answer = lmm.ask(question, images, **options)
+    with _refusals(options):
+        if stream:
+            with lmm.stream(question, images, **options) as pieces:
+                for piece in pieces:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            sys.stdout.write("\n")
+            answer = cast("Answer", pieces.answer)
+        else:
+            answer = lmm.ask(question, images, **options)
     if plot is not None:
-        _draw(answer, image or [], plot)
+        _draw(answer, image or [], plot, lmm.image_fit)
     if as_json:
         _print_json(answer.to_dict())
         return
     if not stream:
         sys.stdout.write(answer.text + "\n")
     Console(stderr=True).print(_summary(answer), style="dim")
+
+
+@contextmanager
+def _refusals(options: dict[str, Any]) -> Iterator[None]:
+    """What transformers refuses about generation settings is wrong usage, not a failure."""
+    try:
+        yield
+    except MMLMError:
+        raise
+    except (ValueError, TypeError) as error:
+        names = [name for name in options if name not in ("max_new_tokens", "seed")]
+        if not names:
+            raise
+        raise SettingsError(f"generation settings ({', '.join(names)}): {error}") from error
+
+
+def _check_png(option: str, path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise SettingsError(f"{option} {path}: must end in '.png'.")
 
 
 def _settings(name: str | None, given: dict[str, Any], methods: list[Any] | None) -> Config:
@@ -187,13 +213,18 @@ def _methods(
 def _assignments(pairs: list[str] | None) -> dict[str, Any]:
     import yaml
 
+    from mmlm_efficient.settings import Config
+
     values = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise SettingsError(f"--set {pair}: write NAME=VALUE, such as do_sample=true.")
-        values[name.strip()] = yaml.safe_load(value)
-    return values
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {pair}: the value is not valid YAML: {error}") from error
+    return Config.read({"generation": values}, "--set").generation
 
 
 def _summary(answer: Answer) -> str:
@@ -206,11 +237,12 @@ def _summary(answer: Answer) -> str:
     )
 
 
-def _draw(answer: Answer, images: list[Path], path: Path) -> None:
+def _draw(answer: Answer, images: list[Path], path: Path, fit: Literal["crop", "stretch"]) -> None:
     from mmlm_efficient.plots import Panel, kept_tokens_panel
 
     panels = [
-        Panel(file, report) for file, report in zip(images, answer.report.images, strict=True)
+        Panel(file, report, fit=fit)
+        for file, report in zip(images, answer.report.images, strict=True)
     ]
     kept_tokens_panel(panels, path, ", ".join(answer.report.methods) or "nothing pruned")
     Console(stderr=True).print(f"drew {path}", style="dim")
@@ -237,6 +269,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """One scene, four questions: the answers with and without pruning, and what they cost."""
+    _check_png("--output", output)
     require_extra("matplotlib", "plots")
     from tqdm import tqdm
 
@@ -376,13 +409,23 @@ def train_pocket(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     scale: Annotated[float, typer.Option(help="Share of the steps; below 1 for a trial.")] = 1.0,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Then measure its accuracy on held-out scenes.")
+    ] = False,
 ) -> None:
     """Train the embedded model again; a killed run goes on where it was."""
+    if evaluate:
+        _check_benchmark("pocket_accuracy", "--evaluate")  # now, not after hours
+
     from mmlm_efficient.pocket import train
 
     logging.getLogger("mmlm_efficient").setLevel(logging.INFO)
     folder = train.train_pocket(out, seed=seed, threads=threads, scale=scale)
     sys.stdout.write(f"{folder}\n")
+    if evaluate:
+        result = str(out / "accuracy.json")
+        arguments = ["--model", str(folder), "--methods", "none", "--out", result]
+        _run_benchmark("pocket_accuracy", [*arguments, "--threads", str(threads)])
 
 
 @app.command(
@@ -394,20 +437,31 @@ def bench(
     name: Annotated[str, typer.Argument(help="Benchmark, such as flowcut.")],
 ) -> None:
     """Run a benchmark of the checkout; what follows its name is passed on to it."""
-    root = Path(__file__).resolve().parents[1]
-    folder = root / "benchmarks"
+    _check_benchmark(name, "bench")
+    _run_benchmark(name, context.args)
+
+
+def _check_benchmark(name: str, where: str) -> None:
+    """Refuse a benchmark that this installation does not have."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
     known = sorted(
-        file.stem for file in folder.glob("*.py") if "def main(" in file.read_text(encoding="utf-8")
+        file.stem
+        for file in folder.glob("*.py")
+        if file.stem not in _NO_BENCHMARKS and "def main(" in file.read_text(encoding="utf-8")
     )
     if not known:
         raise SettingsError(
-            "bench: benchmarks are not part of the installed package. Clone the repository and "
+            f"{where}: benchmarks are not part of the installed package. Clone the repository and "
             "run `make bench` there, or install it with pip install -e ."
         )
     if name not in known:
         close = nearest(name, known)
         hint = f" Did you mean {close!r}?" if close else ""
-        raise SettingsError(f"bench: {name!r} is unknown; there are {', '.join(known)}.{hint}")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    raise typer.Exit(importlib.import_module(f"benchmarks.{name}").main(context.args) or 0)
+        raise SettingsError(f"{where}: {name!r} is unknown; there are {', '.join(known)}.{hint}")
+
+
+def _run_benchmark(name: str, arguments: list[str]) -> NoReturn:
+    root = str(Path(__file__).resolve().parents[1])
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    raise typer.Exit(importlib.import_module(f"benchmarks.{name}").main(arguments) or 0)

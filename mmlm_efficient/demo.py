@@ -12,7 +12,7 @@ import numpy as np
 
 from mmlm_efficient.answers import Answer
 from mmlm_efficient.model import EfficientLMM
-from mmlm_efficient.plots import Panel, cut_map, kept_tokens_panel
+from mmlm_efficient.plots import Fit, Panel, cut_map, kept_tokens_panel
 from mmlm_efficient.pocket.questions import Question, is_right, questions
 from mmlm_efficient.pocket.scenes import Scene, scene
 
@@ -72,11 +72,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """A scene, its questions, and what every method answered."""
+    """A scene, its questions, and what every method answered.
+
+    Attributes:
+        scene: what was asked about.
+        questions: with their right answers.
+        rows: one per method and budget.
+        fit: how the model's image processor makes pictures fit, see `Panel`.
+    """
 
     scene: Scene
     questions: tuple[Question, ...]
     rows: tuple[Row, ...]
+    fit: Fit = "crop"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -102,6 +110,7 @@ class Demo:
                 self.scene.image,
                 row.answers[0].report.images[0],
                 f"{row.method.split(':')[0]}: {row.kept} tokens",
+                fit=self.fit,
             )
             for row in self.rows
         ]
@@ -109,7 +118,8 @@ class Demo:
         cuts = path.with_name(f"{path.stem}_cuts.png")
         quarter = next(row for row in self.rows if row.method == "flowcut:0.25")
         report = quarter.answers[0].report.images[0]
-        cut_map(self.scene.image, report, cuts, f"FlowCut, {quarter.kept} tokens: cuts by layer")
+        title = f"FlowCut, {quarter.kept} tokens: cuts by layer"
+        cut_map(self.scene.image, report, cuts, title, fit=self.fit)
         return path, cuts
 
 
@@ -136,4 +146,4 @@ def run_demo(
             is_right(question, answer.text) for question, answer in zip(asked, answers, strict=True)
         )
         rows.append(Row(method, answers, right))
-    return Demo(picture, tuple(asked), tuple(rows))
+    return Demo(picture, tuple(asked), tuple(rows), lmm.image_fit)

@@ -128,6 +128,8 @@ def _from_path(path: str, limits: ImageLimits) -> Image.Image:
             return _decode(file, path, status.st_size, limits)
     except PermissionError as error:
         raise MediaError(f"{path}: no permission to read it.") from error
+    except OSError as error:  # such as a disk or network folder that fails
+        raise MediaError(f"{path}: cannot be read ({error}).") from error
 
 
 def _neighbours(path: str) -> str:

@@ -119,12 +119,19 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--method", "random:4", "--method", "uniform:4"), 2, "'random' and 'uniform'"),
         (("--set", "temprature=1"), 2, "'temperature'"),
         (("--set", "nonsense"), 2, "NAME=VALUE"),
+        (("--set", "top_k=[1"), 2, "not valid YAML"),
+        (("--set", "image=a.png"), 2, "'image' is unknown"),
+        (("--set", "methods=none"), 2, "'methods' is unknown"),
+        (("--set", "num_beams=0"), 2, "num_beams must be a whole number >= 1"),
+        (("--set", "temperature=-1"), 2, "temperature must be a number above 0"),
+        (("--set", "early_stopping=perhaps"), 2, "generation settings (early_stopping)"),
         (("--dtype", "float8"), 2, "'float8' is unknown"),
         (("--device", "gpu"), 2, "'gpu' is unknown"),
         (("--quantization", "int4"), 2, "'int8', 'nf4'"),
         (("--config", "nowhere"), 2, "neither a file nor a preset"),
         (("--json", "--stream"), 2, "use one of them"),
         (("--plot", "kept.png"), 2, "no --image"),
+        (("--image", "gone.png", "--plot", "kept.jpg"), 2, "must end in '.png'"),
         (("--image", "gone.png"), 1, "gone.png: no such file"),
         (("--question", " "), 1, "question: is empty"),
         (("--question", "<image> where"), 1, "holds 1 <image>"),
@@ -249,6 +256,22 @@ def test_bench_runs_and_passes_arguments_on(
     result = mmlm("bench", "toi")
     assert result.code == 2
     assert "Did you mean 'toy'" in result.err
+    (tmp_path / "benchmarks" / "readme_tables.py").write_text(source)
+    assert "there are toy." in mmlm("bench", "readme_tables").err
+
+
+def test_train_evaluates(mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train = pytest.importorskip("mmlm_efficient.pocket.train")
+    monkeypatch.setattr(train, "train_pocket", lambda out, **_: out / "weights")
+    checkout(tmp_path, monkeypatch, "def main(argv):\n    print(' '.join(argv))\n")
+    refused = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
+    assert refused.code == 2
+    assert "--evaluate: 'pocket_accuracy' is unknown" in refused.err
+    folder = tmp_path / "benchmarks"
+    (folder / "toy.py").rename(folder / "pocket_accuracy.py")
+    result = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
+    assert result.code == 0
+    assert f"--model {tmp_path / 'weights'} --methods none" in result.out
 
 
 def test_bench_outside_a_checkout(

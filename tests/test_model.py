@@ -320,6 +320,14 @@ def test_default_methods() -> None:
         assert pruned.ask(QUESTION, picture(), (), max_new_tokens=1).usage.prompt_tokens == 42
 
 
+def test_image_fit_is_the_processors(lmm: EfficientLMM) -> None:
+    assert lmm.image_fit == "crop"
+    processor = tiny_processor()
+    processor.image_processor.do_center_crop = False
+    with EfficientLMM(tiny_llava(), processor) as stretching:
+        assert stretching.image_fit == "stretch"
+
+
 # Usage
 
 
