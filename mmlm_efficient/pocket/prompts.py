@@ -144,12 +144,12 @@ class Encoder:
         fills = (0, 0, -1, _NO_LABEL, 0.0, _NOT_NAMED, -1, -1)
         columns = []
         for k, fill in enumerate(fills):
-            kind = np.float32 if isinstance(fill, float) else np.int64
-            table = np.full((len(rows), longest), fill, kind)
+            dtype = np.float32 if isinstance(fill, float) else np.int64
+            table = np.full((len(rows), longest), fill, dtype)
             for i, row in enumerate(rows):
                 table[i, : len(row[k])] = row[k]
             columns.append(torch.from_numpy(table))
-        ids, positions, turn, labels, weights, *looks = columns
+        ids, positions, turn, labels, weights, about, first_key, last_key = columns
         visual = (ids == VISUAL) & (turn == 0)
         ids = ids.clamp(min=0)
         shown = torch.full_like(ids, _NOT_SHOWN)
@@ -164,9 +164,22 @@ class Encoder:
         for i, prefix in enumerate(prefixes):
             for kind, bins in prefix.places.items():
                 place[i, kind] = torch.tensor(bins)
-        moment = self._moments(labels, shown, looks[0], clock)
-        known = (ids, visual, positions, turn, labels, weights, shown, named)
-        return Batch(*known, *looks, clock, moment, place)
+        return Batch(
+            ids=ids,
+            visual=visual,
+            positions=positions,
+            turns=turn,
+            labels=labels,
+            weights=weights,
+            shown=shown,
+            named=named,
+            about=about,
+            first_key=first_key,
+            last_key=last_key,
+            clock=clock,
+            moment=self._moments(labels, shown, about, clock),
+            place=place,
+        )
 
     def _moments(
         self, labels: torch.Tensor, shown: torch.Tensor, about: torch.Tensor, clock: torch.Tensor

@@ -97,7 +97,8 @@ def _smooth_table(count: int, seed: int) -> torch.Tensor:
 def _ramp(seed: int) -> torch.Tensor:
     """A straight line of vectors [BINS, C]: comparing two places becomes a subtraction."""
     direction = torch.randn(TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
-    return torch.linspace(-1.2, 1.2, BINS)[:, None] * direction / direction.norm()
+    direction = direction / direction.norm()
+    return torch.outer(torch.linspace(-1.2, 1.2, BINS), direction)
 
 
 def layout(names: list[str], rng: np.random.Generator) -> tuple[list[Thing], dict[str, np.ndarray]]:
