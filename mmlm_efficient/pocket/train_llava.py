@@ -80,8 +80,15 @@ class Bank:
     same scenes.
     """
 
-    def __init__(self, tower: CLIPVisionModel, images: int, videos: int, first_step: int) -> None:
-        self.tower = tower
+    def __init__(
+        self,
+        tower: CLIPVisionModel,
+        images: int,
+        videos: int,
+        first_step: int = 0,
+        split: str = "train",
+    ) -> None:
+        self.tower, self.split = tower, split
         self.images: dict[int, Seen] = {}
         self.videos: dict[int, tuple[list[Seen], list[int]]] = {}
         self._sizes = (images, videos)
@@ -123,12 +130,12 @@ class Bank:
 
     def _add_images(self, numbers: range | list[int]) -> None:
         for number, seen in zip(
-            numbers, look(self.tower, [scene("train", k) for k in numbers]), strict=True
+            numbers, look(self.tower, [scene(self.split, k) for k in numbers]), strict=True
         ):
             self.images[number] = seen
 
     def _add_video(self, number: int) -> None:
-        item = video("train", number)
+        item = video(self.split, number)
         self.videos[number] = (look(self.tower, list(item.frames)), list(item.times_s))
 
 
@@ -249,6 +256,7 @@ def train(
     checkpoint = out / "llava.pt"
     done = int(torch.load(checkpoint, weights_only=True)["step"]) if checkpoint.exists() else 0
     bank = Bank(tower, images, videos, done)
+    unseen = Bank(tower, min(images, 256), min(videos, 32), split="calibration")
     fit_projector(model, symbols, encoder, bank, out, steps=projector_steps, seed=seed)
     projector = model.model.multi_modal_projector
     modules = nn.ModuleDict(
@@ -257,7 +265,7 @@ def train(
     modules["probes"] = probes = PlaceProbes()
 
     def forward(
-        rng: np.random.Generator, number: int
+        bank: Bank, rng: np.random.Generator, number: int
     ) -> tuple[Batch, dict[str, torch.Tensor], torch.Tensor, list[list[Question]]]:
         """Every second step shows all patches, every fifth videos."""
         full = number % 2 == 0
@@ -273,14 +281,14 @@ def train(
 
     def step(number: int) -> dict[str, torch.Tensor]:
         bank.advance(number)
-        _, losses, _, _ = forward(rng_of("train", number, 7, seed), number)
+        _, losses, _, _ = forward(bank, rng_of("train", number, 7, seed), number)
         return losses
 
     def probe() -> dict[str, float]:
         found: dict[str, list[bool]] = {}
         for number in (0, 10, 20, 4, 14):
-            rng = rng_of("heldout", number, 8)
-            batch, _, said, turns = forward(rng, number)
+            rng = rng_of("calibration", number, 8)
+            batch, _, said, turns = forward(unseen, rng, number)
             for kind, values in turn_accuracy(batch, said, turns, encoder).items():
                 found.setdefault(kind, []).extend(values)
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
