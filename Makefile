@@ -1,11 +1,13 @@
 # Every target works on a fresh clone: it makes .venv, installs what it needs once, and does its job.
-# PYTHON=python3.12 make ... picks another interpreter; TORCH=... another torch.
+# PYTHON=python3.12 make ... picks another interpreter; TORCH=... another torch; BENCH_OUT=... where
+# `make bench` writes (git ignores outputs/).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PACKAGES := mmlm_efficient ray_serve eval
+BENCH_OUT ?= outputs/flowcut_bench.json
 
 # No target talks to a model hub: the tests and the demo use what the repository ships.
 export HF_HUB_OFFLINE := 1
@@ -50,8 +52,8 @@ test: lint ## lint, types and every test
 test-fast: $(VENV)/.dev ## the tests that take under 90 seconds together
 	$(BIN)/python -m pytest -m "not slow"
 
-bench: $(VENV)/.dev ## FlowCut against the stock model: time and peak memory in one run
-	$(BIN)/mmlm bench flowcut
+bench: $(VENV)/.dev ## FlowCut against the stock model: time and peak memory, JSON in outputs/
+	$(BIN)/mmlm bench flowcut --out $(BENCH_OUT)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

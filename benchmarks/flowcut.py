@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         description="FlowCut against the stock model in one run: tower time and peak memory, "
         "exact token counts, prefill speed. Random weights of real sizes; takes some minutes.",
         epilog="example: mmlm bench flowcut --out docs/results/flowcut_bench.json",
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, help="JSON file to write; default: write nothing")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of a summary")

@@ -320,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mmlm bench pocket_accuracy",
         description="Accuracy of pocket on held-out scenes by method, budget and position rule.",
         epilog="example: mmlm bench pocket_accuracy --out docs/results/pocket_accuracy.json",
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, help="JSON file to write, a chart beside it")
     parser.add_argument("--model", default="pocket", help="pocket, or a folder of the same kind")

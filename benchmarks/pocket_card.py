@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 when the model or the accuracies on pictures are not there.
     """
-    parser = argparse.ArgumentParser(prog="mmlm bench pocket_card", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="mmlm bench pocket_card", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--videos", type=positive, default=300, help="default 300")
     parser.add_argument("--model", default="pocket", help="pocket, or a folder of the same kind")
     parser.add_argument("--pictures", type=Path, default=RESULTS / "pocket_accuracy.json")

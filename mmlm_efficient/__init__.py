@@ -1,8 +1,11 @@
 """Makes LLaVA-style multimodal models of transformers cheaper, without forking their code.
 
 >>> from mmlm_efficient import FlowCut, load
->>> lmm = load("pocket", methods=[FlowCut(keep_tokens=36)])  # doctest: +SKIP
->>> lmm.ask("Where is the cat?", image="scene.png").text  # doctest: +SKIP
+>>> from mmlm_efficient.pocket import scene
+>>> lmm = load("pocket", methods=[FlowCut(keep_tokens=36)])
+>>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+>>> answer.usage.visual_tokens_kept["bridge"]
+36
 """
 
 from __future__ import annotations

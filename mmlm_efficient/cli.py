@@ -428,13 +428,17 @@ def train_pocket(
         _run_benchmark("pocket_accuracy", [*arguments, "--threads", str(threads)])
 
 
+# Not interspersed: what follows the name, --help too, is the benchmark's own.
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: mmlm bench flowcut",
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
+    epilog="Example: mmlm bench flowcut --out outputs/flowcut_bench.json",
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Benchmark, such as flowcut.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Benchmark; mmlm bench flowcut --help shows the options of flowcut."),
+    ],
 ) -> None:
     """Run a benchmark of the checkout; what follows its name is passed on to it."""
     _check_benchmark(name, "bench")

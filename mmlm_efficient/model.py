@@ -82,8 +82,15 @@ class EfficientLMM:
         SettingsError: the methods cannot work together.
 
     Example:
-        >>> lmm = EfficientLMM(model, processor, "flowcut:64")  # doctest: +SKIP
-        >>> lmm.ask("Where is the cat?", image="scene.png").text  # doctest: +SKIP
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from mmlm_efficient.loading import find_folder
+        >>> from mmlm_efficient.pocket import scene
+        >>> folder = find_folder("pocket")  # any folder or hub id of a supported family
+        >>> model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
+        >>> lmm = EfficientLMM(model, AutoProcessor.from_pretrained(folder), "flowcut:36")
+        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+        >>> answer.usage.visual_tokens_in, answer.usage.visual_tokens_kept["bridge"]
+        (144, 36)
     """
 
     def __init__(
@@ -125,8 +132,13 @@ class EfficientLMM:
             methods: method objects or short forms; none at all means the stock model.
 
         Example:
-            >>> with lmm.using(FlowCut(keep_tokens=32)):  # doctest: +SKIP
-            ...     lmm.ask("Where is the cat?", image="scene.png")
+            >>> from mmlm_efficient import FlowCut, load
+            >>> from mmlm_efficient.pocket import scene
+            >>> lmm = load("pocket")
+            >>> with lmm.using(FlowCut(keep_tokens=18)):
+            ...     answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+            >>> answer.report.methods, lmm.methods
+            (('flowcut',), ())
         """
         with activate(self, self._checked(methods)):
             yield self
@@ -218,8 +230,13 @@ class EfficientLMM:
             complete answer afterwards.
 
         Example:
-            >>> for piece in lmm.stream("Describe it.", image="scene.png"):  # doctest: +SKIP
-            ...     print(piece, end="")
+            >>> from mmlm_efficient import load
+            >>> from mmlm_efficient.pocket import scene
+            >>> lmm = load("pocket")
+            >>> stream = lmm.stream("What is in the picture?", image=scene("heldout", 47).image)
+            >>> pieces = [piece for piece in stream]  # or print(piece, end="", flush=True)
+            >>> "".join(pieces) == stream.answer.text
+            True
         """
         check_generation_values(generation)
         if self._setting("num_beams", generation) not in (None, 1):

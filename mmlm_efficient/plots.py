@@ -91,8 +91,12 @@ def kept_tokens(
         MissingExtraError: matplotlib is not installed.
 
     Example:
-        >>> answer = lmm.ask("Where is the cat?", image="scene.png")  # doctest: +SKIP
-        >>> kept_tokens("scene.png", answer.report.images[0], "kept.png")  # doctest: +SKIP
+        >>> from mmlm_efficient import load
+        >>> from mmlm_efficient.pocket import scene
+        >>> picture = scene("heldout", 47).image
+        >>> answer = load("pocket", "flowcut:36").ask("What is in the picture?", image=picture)
+        >>> kept_tokens(picture, answer.report.images[0]).size  # with path="kept.png" also a file
+        (304, 328)
     """
     panel = Panel(image, report_image, members=members, fit=fit)
     return kept_tokens_panel([panel], path, title)
@@ -120,10 +124,15 @@ def kept_tokens_panel(
         As `kept_tokens`; SettingsError also for no panels or columns < 1.
 
     Example:
-        >>> kept_tokens_panel(  # doctest: +SKIP
-        ...     [Panel(image, report, "flowcut 36 of 144"), Panel(image, other, "random 36 of 144")]
-        ... ).size
-        (600, 320)
+        >>> from mmlm_efficient import load
+        >>> from mmlm_efficient.pocket import scene
+        >>> lmm, picture = load("pocket"), scene("heldout", 47).image
+        >>> panels = []
+        >>> for method in ("flowcut:36", "random:36"):
+        ...     answer = lmm.ask("What is in the picture?", image=picture, methods=method)
+        ...     panels.append(Panel(picture, answer.report.images[0], method))
+        >>> kept_tokens_panel(panels).size
+        (600, 328)
     """
     if not panels:
         raise SettingsError("panels is empty: give at least one picture with its report")

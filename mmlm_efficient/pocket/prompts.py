@@ -6,32 +6,24 @@ prefix: every turn looks exactly like a prompt of its own, at a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from torch.nn import functional
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from mmlm_efficient.pocket.architecture import TEXT_WIDTH
 from mmlm_efficient.pocket.objects import NAMES, OBJECTS
-from mmlm_efficient.pocket.questions import Question, Thing, unique
-from mmlm_efficient.pocket.scenes import BINS
+from mmlm_efficient.pocket.questions import Question, Thing, reading_order, unique
+from mmlm_efficient.pocket.scenes import MAX_OBJECTS
 
 VISUAL = -1  # stands for "a visual token" in a prefix
-_NO_LABEL = -100
-_NOT_SHOWN, _NOT_NAMED = -2, -1
-# (layer, head) that learn where to look: a frame's patches at its time, words at what they name,
-# answers at the question's first and last key word (a name or a number), at what they are about,
-# and, when they say a time, at the time of the first frame that shows it
-CLOCK_HEADS, MOMENT_HEADS = ((0, 0),), ((5, 0), (5, 1))
-POINTING_HEADS = ((1, 0), (2, 0))
-FIRST_KEY_HEADS, LAST_KEY_HEADS = ((2, 1),), ((2, 2),)
-AIMING_HEADS = ((3, 0), (4, 0))
-_POINTING_WEIGHT, _PLACES_WEIGHT = 0.3, 0.3
+NO_LABEL = -100
+NOT_SHOWN, NOT_NAMED = -2, -1
+NOT_LISTED, NONE_LEFT = -1, -2
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,9 @@ class Prefix:
             `objects.NAMES`; anything else = none).
         clocks: for the visual tokens in order, where in `ids` the time of their frame stands;
             empty for a picture.
-        places: kind of object -> position as it is spoken, of objects that occur once.
+        things: a picture's objects.
+        patches: of a picture, the raster index of each visual token.
+        owner: of a picture, the index into `things` that each visual token shows, -1 = none.
     """
 
     ids: Sequence[int]
@@ -54,7 +48,9 @@ class Prefix:
     next_position: int
     shown: Sequence[int] | npt.NDArray[np.int64]
     clocks: Sequence[int] = ()
-    places: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    things: Sequence[Thing] = ()
+    patches: Sequence[int] | npt.NDArray[np.int64] = ()
+    owner: Sequence[int] | npt.NDArray[np.int64] = ()
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,16 @@ class Batch:
             names, or else the only kind that its question names.
         first_key, last_key: column of the question's first and last key word, for tokens with a
             target; -1 = none.
+        counted: kind of object whose number is the target, -1 = no such target.
+        listed: in the answer of a list, the thing whose turn it is (its index), -2 = none is
+            left; -1 outside of lists.
+        marked: True at a list's <assistant> and at the names said behind it.
         clock: column of the time of a visual token's frame, -1 = none.
         moment: for targets that say a time, the column where that time stands, -1 = none.
+        owner: the thing that a visual token of a picture shows, -1 = none.
+        middle: True at the visual token that holds the centre of its thing.
+        kinds: kind of each thing [B, 6], -1 = there are fewer.
+        ranks: place of each thing in reading order [B, 6], -1 = there are fewer.
         place: spoken position [B, kinds, 2] of the objects that occur once, -100 = unknown.
     """
 
@@ -90,8 +94,15 @@ class Batch:
     about: torch.Tensor
     first_key: torch.Tensor
     last_key: torch.Tensor
+    counted: torch.Tensor
+    listed: torch.Tensor
+    marked: torch.Tensor
     clock: torch.Tensor
     moment: torch.Tensor
+    owner: torch.Tensor
+    middle: torch.Tensor
+    kinds: torch.Tensor
+    ranks: torch.Tensor
     place: torch.Tensor
 
     def mask(self) -> torch.Tensor:
@@ -104,9 +115,20 @@ class Batch:
         return torch.zeros(allowed.shape).masked_fill_(~allowed, -1e9)[:, None]
 
 
-def places_of(things: list[Thing]) -> dict[int, tuple[int, int]]:
-    """`Prefix.places` of a picture."""
-    return {NAMES.index(thing.name): thing.bins for thing in unique(things)}
+# columns of a row that the encoder writes, and what padding holds
+_FILLS: dict[str, Any] = {
+    "ids": 0,
+    "positions": 0,
+    "turns": -1,
+    "labels": NO_LABEL,
+    "weights": 0.0,
+    "about": NOT_NAMED,
+    "first_key": -1,
+    "last_key": -1,
+    "counted": NOT_NAMED,
+    "listed": NOT_LISTED,
+    "marked": False,
+}
 
 
 class Encoder:
@@ -117,14 +139,14 @@ class Encoder:
         self._known: dict[str, list[int]] = {}
         self.bos, self.user = self.token("<s>"), self.token("<user>")
         self.assistant, self.eos = self.token("<assistant>"), self.token("</s>")
-        self._named = np.full(len(tokenizer), _NOT_NAMED)
+        self._named = np.full(len(tokenizer), NOT_NAMED)
         for number, kind in enumerate(OBJECTS):
             self._named[[self.token(kind.name), self.token(kind.plural)]] = number
         # far apart for tokens that are no numbers, so that these are never "off by one"
         self.numbers = torch.arange(len(tokenizer)) * 1000
         for number in range(100):
             self.numbers[self.token(str(number))] = -number
-        self._is_key = (self._named != _NOT_NAMED) | (self.numbers.numpy() <= 0)
+        self._is_key = (self._named != NOT_NAMED) | (self.numbers.numpy() <= 0)
         self._is_key[0] = False  # padding
 
     def token(self, piece: str) -> int:
@@ -140,45 +162,28 @@ class Encoder:
     def batch(self, prefixes: Sequence[Prefix], turns: Sequence[Sequence[Question]]) -> Batch:
         """Pad prefixes with their questions to one batch (padding at the end)."""
         rows = [self._row(p, t) for p, t in zip(prefixes, turns, strict=True)]
-        longest = max(len(row[0]) for row in rows)
-        fills = (0, 0, -1, _NO_LABEL, 0.0, _NOT_NAMED, -1, -1)
-        columns = []
-        for k, fill in enumerate(fills):
-            dtype = np.float32 if isinstance(fill, float) else np.int64
-            table = np.full((len(rows), longest), fill, dtype)
+        longest = max(len(row["ids"]) for row in rows)
+        columns = {}
+        for name, fill in _FILLS.items():
+            table = np.full((len(rows), longest), fill, np.asarray(fill).dtype)
             for i, row in enumerate(rows):
-                table[i, : len(row[k])] = row[k]
-            columns.append(torch.from_numpy(table))
-        ids, positions, turn, labels, weights, about, first_key, last_key = columns
-        visual = (ids == VISUAL) & (turn == 0)
-        ids = ids.clamp(min=0)
-        shown = torch.full_like(ids, _NOT_SHOWN)
+                table[i, : len(row[name])] = row[name]
+            columns[name] = torch.from_numpy(table)
+        columns["weights"] = columns["weights"].float()
+        ids = columns["ids"]
+        visual = (ids == VISUAL) & (columns["turns"] == 0)
+        ids = columns["ids"] = ids.clamp(min=0)
+        shown = torch.full_like(ids, NOT_SHOWN)
         kinds = torch.from_numpy(np.concatenate([np.asarray(p.shown) for p in prefixes]))
-        shown[visual] = kinds.where((kinds >= 0) & (kinds < len(OBJECTS)), _NOT_SHOWN)
-        named = torch.from_numpy(self._named)[ids].where(turn > 0, _NOT_NAMED)
+        shown[visual] = kinds.where((kinds >= 0) & (kinds < len(OBJECTS)), NOT_SHOWN)
         clock = torch.full_like(ids, -1)
         for i, prefix in enumerate(prefixes):
             if len(prefix.clocks):
                 clock[i, visual[i]] = torch.tensor(prefix.clocks)
-        place = torch.full((len(rows), len(OBJECTS), 2), _NO_LABEL)
-        for i, prefix in enumerate(prefixes):
-            for kind, bins in prefix.places.items():
-                place[i, kind] = torch.tensor(bins)
+        columns["named"] = torch.from_numpy(self._named)[ids].where(columns["turns"] > 0, NOT_NAMED)
+        columns["moment"] = self._moments(columns["labels"], shown, columns["about"], clock)
         return Batch(
-            ids=ids,
-            visual=visual,
-            positions=positions,
-            turns=turn,
-            labels=labels,
-            weights=weights,
-            shown=shown,
-            named=named,
-            about=about,
-            first_key=first_key,
-            last_key=last_key,
-            clock=clock,
-            moment=self._moments(labels, shown, about, clock),
-            place=place,
+            visual=visual, shown=shown, clock=clock, **columns, **_things(prefixes, visual)
         )
 
     def _moments(
@@ -193,155 +198,73 @@ class Encoder:
         moment[rows, words] = first.where(first < clock.shape[1], -1)
         return moment
 
-    def _row(self, prefix: Prefix, questions: Sequence[Question]) -> tuple[list[float], ...]:
-        ids, positions = list(prefix.ids), list(prefix.positions)
-        turn = [0] * len(ids)
-        labels, weights = [_NO_LABEL] * len(ids), [0.0] * len(ids)
-        about = [_NOT_NAMED] * len(ids)
-        first_key, last_key = [-1] * len(ids), [-1] * len(ids)
+    def _row(self, prefix: Prefix, questions: Sequence[Question]) -> dict[str, list[Any]]:
+        """The columns of `_FILLS` for one sample."""
+        row: dict[str, list[Any]] = defaultdict(list)
+        row["ids"] += prefix.ids
+        row["positions"] += prefix.positions
+        for name in _FILLS.keys() - {"ids", "positions", "turns"}:
+            row[name] += [_FILLS[name]] * len(prefix.ids)
+        row["turns"] += [0] * len(prefix.ids)
         for number, question in enumerate(questions, start=1):
             asked = [*self.text(question.text), self.assistant]
             answer = [*self.text(question.answer), self.eos]
+            start, silent = len(row["ids"]), len(asked) - 1  # asked tokens without a target
             tokens = asked + answer[:-1]  # the end token is only a target
-            keys = [len(ids) + k for k, token in enumerate(asked) if self._is_key[token]]
-            ids += tokens
-            positions += range(prefix.next_position, prefix.next_position + len(tokens))
-            turn += [number] * len(tokens)
-            labels += [_NO_LABEL] * (len(asked) - 1) + answer
+            keys = [start + k for k, token in enumerate(asked) if self._is_key[token]] or [-1]
+            about = self._about(asked, answer)
+            counted = [about[0] if question.kind == "how_many" else NOT_NAMED]
+            row["ids"] += tokens
+            row["positions"] += range(prefix.next_position, prefix.next_position + len(tokens))
+            row["turns"] += [number] * len(tokens)
             # long answers should count more than short ones, but not in proportion
-            weights += [0.0] * (len(asked) - 1) + [len(answer) ** -0.5] * len(answer)
-            about += [_NOT_NAMED] * (len(asked) - 1) + self._about(asked, answer)
-            for column, which in ((first_key, 0), (last_key, -1)):
-                place = keys[which] if keys else -1
-                column += [-1] * (len(asked) - 1) + [place] * len(answer)
-        return ids, positions, turn, labels, weights, about, first_key, last_key  # type: ignore[return-value]
+            spoken = {
+                "labels": answer,
+                "weights": [len(answer) ** -0.5] * len(answer),
+                "about": about,
+                "first_key": [keys[0]] * len(answer),
+                "last_key": [keys[-1]] * len(answer),
+                "counted": counted + [NOT_NAMED] * (len(answer) - 1),
+                "listed": self._listed(question, len(answer)),
+                "marked": [bool(question.order) and (k == 0 or k % 2) for k in range(len(answer))],
+            }
+            for name, values in spoken.items():
+                row[name] += [_FILLS[name]] * silent + values
+        return row
 
     def _about(self, asked: list[int], answer: list[int]) -> list[int]:
         """Kind of object that each answer token is about, see `Batch.about`."""
-        kinds = {int(kind) for kind in self._named[asked] if kind != _NOT_NAMED}
-        single = kinds.pop() if len(kinds) == 1 else _NOT_NAMED
+        kinds = {int(kind) for kind in self._named[asked] if kind != NOT_NAMED}
+        single = kinds.pop() if len(kinds) == 1 else NOT_NAMED
         said = [int(kind) for kind in self._named[answer]]
-        return [kind if kind != _NOT_NAMED else single for kind in said]
+        return [kind if kind != NOT_NAMED else single for kind in said]
+
+    def _listed(self, question: Question, length: int) -> list[int]:
+        """Thing whose turn it is at each target; names and commas (at last the end) alternate."""
+        if not question.order:
+            return [NOT_LISTED] * length
+        upcoming = [*question.order, NONE_LEFT]
+        return [upcoming[(k + 1) // 2] for k in range(length)]
 
 
-class PlaceProbes(nn.Module):
-    """Linear read-outs of positions from hidden states, which exist only while training.
-
-    Words must know where the object is that they name after two layers; answers where the
-    objects of the question are after four, and where the object is that they are about after five.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, 2 * BINS) for _ in range(4))
-
-    def forward(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Mean cross-entropy of all positions that are known; scalar."""
-        keys = [
-            batch.named.gather(1, column.clamp(min=0)).masked_fill(column < 0, _NOT_NAMED)
-            for column in (batch.first_key, batch.last_key)
-        ]
-        asked = ((batch.named, 2), (keys[0], 4), (keys[1], 4), (batch.about, 5))
-        losses = []
-        for head, (kinds, depth) in zip(self.heads, asked, strict=True):
-            rows, words = (kinds != _NOT_NAMED).nonzero(as_tuple=True)
-            target = batch.place[rows, kinds[rows, words]]
-            if not bool((target >= 0).any()):
-                continue
-            states = functional.rms_norm(hidden[depth][rows, words], (TEXT_WIDTH,))
-            logits = head(states).unflatten(-1, (2, BINS))
-            losses.append(
-                functional.cross_entropy(
-                    logits.flatten(0, 1), target.flatten(), ignore_index=_NO_LABEL
-                )
-            )
-        return torch.stack(losses).mean() if losses else torch.zeros(())
-
-
-def answer_loss(
-    model: LlavaForConditionalGeneration,
-    batch: Batch,
-    visual: torch.Tensor,
-    probes: PlaceProbes | None = None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Weighted cross-entropy of the answers, and how well some heads look where they should.
-
-    Args:
-        visual: visual tokens of the whole batch in reading order [total, C].
-        probes: adds the loss "places".
-
-    Returns:
-        losses: "answer", "pointing", "aiming", "keys" and their weighted sum "loss", scalars.
-        said: int64 [targets], the token that would have been chosen for each target.
-    """
-    embeds = model.get_input_embeddings()(batch.ids)
-    embeds = embeds.masked_scatter(batch.visual[..., None], visual)
-    output = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask(),
-        position_ids=batch.positions,
-        use_cache=False,
-        output_attentions=True,
-        output_hidden_states=probes is not None,
-    )
-    wanted = batch.labels != _NO_LABEL
-    logits = model.lm_head(output.last_hidden_state[wanted])
-    target, weight = batch.labels[wanted], batch.weights[wanted]
-    each = functional.cross_entropy(logits, target, reduction="none")
-    answer = (each * weight).sum() / weight.sum()
-    pointing = _looking_loss(batch, batch.named, output.attentions, POINTING_HEADS)
-    aiming = _looking_loss(batch, batch.about, output.attentions, AIMING_HEADS, first_only=True)
-    keys = _key_loss(batch.first_key, output.attentions, FIRST_KEY_HEADS)
-    keys = keys + _key_loss(batch.last_key, output.attentions, LAST_KEY_HEADS)
-    if bool((batch.clock >= 0).any()):
-        keys = keys + _key_loss(batch.clock, output.attentions, CLOCK_HEADS)
-    if bool((batch.moment >= 0).any()):
-        keys = keys + _key_loss(batch.moment, output.attentions, MOMENT_HEADS)
-    loss = answer + _POINTING_WEIGHT * (pointing + aiming + keys)
-    losses = {"loss": loss, "answer": answer, "pointing": pointing, "aiming": aiming, "keys": keys}
-    if probes is not None and bool((batch.place >= 0).any()):
-        losses["places"] = probes(batch, output.hidden_states)
-        losses["loss"] = losses["loss"] + _PLACES_WEIGHT * losses["places"]
-    return losses, logits.argmax(-1)
-
-
-def _looking_loss(
-    batch: Batch,
-    kinds: torch.Tensor,
-    attentions: tuple[torch.Tensor, ...],
-    heads: Sequence[tuple[int, int]],
-    *,
-    first_only: bool = False,
-) -> torch.Tensor:
-    """Minus log of the attention that tokens pay to the patches that show their kind of object.
-
-    For an object that is not there, the attention paid to the first token counts instead: that
-    is how the decoder comes to know that there is none.
-
-    Args:
-        kinds: kind of object that each token should look at [B, S], -1 = any.
-        heads: the (layer, head) pairs that are taught.
-        first_only: of a video, only the first frame that shows the object counts.
-    """
-    rows, words = (kinds != _NOT_NAMED).nonzero(as_tuple=True)
-    wanted = batch.shown[rows] == kinds[rows, words, None]
-    if first_only:
-        clock = batch.clock[rows].masked_fill(~wanted, 10**6)
-        wanted &= clock == clock.min(-1, keepdim=True).values
-    wanted[:, 0] |= ~wanted.any(-1)
-    paid = [attentions[layer][rows, head, words] for layer, head in heads]
-    shares = [(p * wanted).sum(-1).clamp(min=1e-6) for p in paid]
-    return -torch.stack(shares).log().mean()
-
-
-def _key_loss(
-    columns: torch.Tensor, attentions: tuple[torch.Tensor, ...], heads: Sequence[tuple[int, int]]
-) -> torch.Tensor:
-    """Minus log of the attention that tokens pay to the given column [B, S], -1 = any."""
-    rows, words = (columns >= 0).nonzero(as_tuple=True)
-    targets = columns[rows, words]
-    paid = [attentions[layer][rows, head, words, targets] for layer, head in heads]
-    return -torch.stack(paid).clamp(min=1e-6).log().mean()
+def _things(prefixes: Sequence[Prefix], visual: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns of a batch that describe the pictures' objects."""
+    owner = torch.full(visual.shape, -1)
+    middle = torch.zeros(visual.shape, dtype=torch.bool)
+    kinds, ranks = torch.full((2, len(prefixes), MAX_OBJECTS), -1)
+    place = torch.full((len(prefixes), len(OBJECTS), 2), NO_LABEL)
+    for i, prefix in enumerate(prefixes):
+        if not len(prefix.owner):
+            continue
+        mine = torch.as_tensor(np.asarray(prefix.owner))
+        owner[i, visual[i]] = mine
+        centres = torch.tensor([*(thing.patch for thing in prefix.things), -1])
+        middle[i, visual[i]] = torch.as_tensor(np.asarray(prefix.patches)) == centres[mine]
+        for rank, k in enumerate(reading_order(prefix.things)):
+            kinds[i, k], ranks[i, k] = NAMES.index(prefix.things[k].name), rank
+        for thing in unique(list(prefix.things)):
+            place[i, NAMES.index(thing.name)] = torch.tensor(thing.bins)
+    return {"owner": owner, "middle": middle, "kinds": kinds, "ranks": ranks, "place": place}
 
 
 def turn_accuracy(
@@ -351,7 +274,7 @@ def turn_accuracy(
 
     Positions may be off by one bin, as in `questions.is_right`.
     """
-    wanted = batch.labels != _NO_LABEL
+    wanted = batch.labels != NO_LABEL
     right, near = torch.ones_like(wanted), torch.ones_like(wanted)
     labels = batch.labels[wanted]
     right[wanted] = said == labels

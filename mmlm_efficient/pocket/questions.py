@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pocket.objects import NAMES, PLURALS
-from mmlm_efficient.pocket.scenes import BIN_PX, BINS, IMAGE_PX, Scene, VideoScene
+from mmlm_efficient.pocket.scenes import BIN_PX, BINS, GRID, IMAGE_PX, PATCH_PX, Scene, VideoScene
 
 IMAGE_KINDS = (
     "is_there",
@@ -116,6 +116,11 @@ class Thing:
         """Position as it is spoken."""
         return min(int(self.x_px / BIN_PX), BINS - 1), min(int(self.y_px / BIN_PX), BINS - 1)
 
+    @property
+    def patch(self) -> int:
+        """Raster index of the patch that holds the centre."""
+        return int(self.y_px) // PATCH_PX * GRID + int(self.x_px) // PATCH_PX
+
 
 @dataclass(frozen=True)
 class Question:
@@ -125,11 +130,13 @@ class Question:
         kind: one of `KINDS`.
         text: the question, lower case.
         answer: the answer as pocket says it.
+        order: of a list, the things that the answer names: indices into the scene's objects.
     """
 
     kind: str
     text: str
     answer: str
+    order: tuple[int, ...] = ()
 
 
 def things_of(scene: Scene) -> list[Thing]:
@@ -246,6 +253,11 @@ def unique(things: list[Thing]) -> list[Thing]:
     return [thing for thing in things if counts[thing.name] == 1]
 
 
+def reading_order(things: Sequence[Thing]) -> list[int]:
+    """Indices of the things in the order in which lists name them: by patch of the centre."""
+    return sorted(range(len(things)), key=lambda k: (things[k].patch, things[k].x_px))
+
+
 def _is_there(things: list[Thing], rng: np.random.Generator) -> Question:
     present = sorted({thing.name for thing in things})
     there = bool(present) and rng.random() < 0.5
@@ -327,8 +339,9 @@ def _relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
 def _list(things: list[Thing], rng: np.random.Generator) -> Question | None:
     if not things:
         return None
-    ordered = sorted(things, key=lambda t: t.x_px)
-    return _say("list", "list", ", ".join(t.name for t in ordered), rng)
+    order = reading_order(things)
+    said = _say("list", "list", ", ".join(things[k].name for k in order), rng)
+    return replace(said, order=tuple(order))
 
 
 _ASKERS = {

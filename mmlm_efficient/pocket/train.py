@@ -49,7 +49,7 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
     def steps(count: int) -> int:
         return max(2, round(count * scale))
 
-    tower = train_tower.train(out, seed=seed, cutout_steps=steps(3000), whole_steps=steps(450))
+    tower = train_tower.train(out, seed=seed, cutout_steps=steps(3000), whole_steps=steps(1500))
     model, symbols, encoder = train_words.train(
         out, seed=seed, steps=steps(1500), early_steps=steps(150)
     )
@@ -60,7 +60,7 @@ def train_pocket(out: Path, *, seed: int = 0, threads: int = 2, scale: float = 1
         tower,
         out,
         seed=seed,
-        steps=steps(2000),
+        steps=steps(3500),
         projector_steps=steps(500),
         images=max(64, steps(4000)),
         videos=max(8, steps(300)),

@@ -17,8 +17,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
+from mmlm_efficient.pocket.guidance import Probes, answer_loss
 from mmlm_efficient.pocket.objects import NAMES
-from mmlm_efficient.pocket.prompts import Batch, Encoder, PlaceProbes, answer_loss, turn_accuracy
+from mmlm_efficient.pocket.prompts import Batch, Encoder, Prefix, turn_accuracy
 from mmlm_efficient.pocket.questions import Question, Thing, things_of
 from mmlm_efficient.pocket.scenes import GRID, Scene, patch_labels, rng_of, scene, video
 from mmlm_efficient.pocket.train_tower import labels_of, normalise, tower_hidden
@@ -36,7 +37,7 @@ from mmlm_efficient.pocket.train_words import (
 from mmlm_efficient.pocket.trainer import Schedule, run_stage
 
 _PATCHES = GRID * GRID
-_RENEWED_IMAGES, _RENEWED_VIDEOS = 4, 1  # per step
+_RENEWED_IMAGES, _RENEWED_VIDEOS = 8, 1  # per step
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,14 @@ def image_step(
         kept = np.arange(_PATCHES)
         if not full:
             kept = thin_out(seen, rng, keep_empty)
-        prefixes.append(image_prefix(kept, seen.shown[kept], seen.things, encoder, rng))
+        prefixes.append(_prefix_of(seen, kept, encoder, rng))
         features.append(seen.features[torch.from_numpy(kept)])
         turns.append(draw_turns(seen.things, rng, turns_each, KIND_WEIGHTS))
     return encoder.batch(prefixes, turns), torch.cat(features), turns
+
+
+def _prefix_of(seen: Seen, kept: np.ndarray, encoder: Encoder, rng: np.random.Generator) -> Prefix:
+    return image_prefix(kept, seen.shown[kept], seen.owner[kept], seen.things, encoder, rng)
 
 
 def thin_out(seen: Seen, rng: np.random.Generator, keep_empty: float) -> np.ndarray:
@@ -243,7 +248,7 @@ def train(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 2000,
+    steps: int = 3500,
     projector_steps: int = 500,
     images: int = 4000,
     videos: int = 300,
@@ -262,7 +267,7 @@ def train(
     modules = nn.ModuleDict(
         {"text": model.model.language_model, "head": model.lm_head, "projector": projector}
     )
-    modules["probes"] = probes = PlaceProbes()
+    modules["probes"] = probes = Probes()
 
     def forward(
         bank: Bank, rng: np.random.Generator, number: int

@@ -159,7 +159,7 @@ def accuracy(tower: CLIPVisionModel, heads: TowerHeads, count: int = 128) -> dic
 
 
 def train(
-    out: Path, *, seed: int = 0, cutout_steps: int = 3000, whole_steps: int = 450
+    out: Path, *, seed: int = 0, cutout_steps: int = 3000, whole_steps: int = 1500
 ) -> CLIPVisionModel:
     """Train the tower in `out` (resumable): cut-outs first, then whole pictures.
 

@@ -16,17 +16,9 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mmlm_efficient.pocket.architecture import TEXT_WIDTH, build_model, text_config
+from mmlm_efficient.pocket.guidance import Probes, answer_loss
 from mmlm_efficient.pocket.objects import NAMES
-from mmlm_efficient.pocket.prompts import (
-    VISUAL,
-    Batch,
-    Encoder,
-    PlaceProbes,
-    Prefix,
-    answer_loss,
-    places_of,
-    turn_accuracy,
-)
+from mmlm_efficient.pocket.prompts import VISUAL, Batch, Encoder, Prefix, turn_accuracy
 from mmlm_efficient.pocket.questions import VIDEO_KINDS, Question, Thing, ask, ask_video
 from mmlm_efficient.pocket.scenes import (
     BINS,
@@ -45,13 +37,13 @@ BACKGROUND = len(NAMES)
 _FINE = 4  # sub-samples per patch side when an object's disc is laid over the grid
 # how often each kind is asked: most what is learnt last
 KIND_WEIGHTS = {
-    "is_there": 1.0,
-    "how_many": 1.4,
-    "where_is": 2.4,
-    "what_is_at": 1.4,
-    "extreme": 1.3,
-    "relation": 2.2,
-    "list": 2.0,
+    "is_there": 0.8,
+    "how_many": 2.2,
+    "where_is": 1.8,
+    "what_is_at": 1.2,
+    "extreme": 1.4,
+    "relation": 1.5,
+    "list": 2.6,
 }
 _FIRST_KINDS = {"is_there": 2.0, "where_is": 2.0, "what_is_at": 1.5, "how_many": 0.5}
 
@@ -140,16 +132,24 @@ def thin_out(owner: np.ndarray, rng: np.random.Generator, *, middle: np.ndarray)
 def image_prefix(
     kept: np.ndarray,
     shown: np.ndarray,
+    owner: np.ndarray,
     things: list[Thing],
     encoder: Encoder,
     rng: np.random.Generator,
 ) -> Prefix:
-    """Prefix of one picture, at original or at compact positions by chance."""
+    """Prefix of one picture, at original or at compact positions by chance.
+
+    Args:
+        kept: raster indices of the patches that stay.
+        shown, owner: kind and index of the object that each of them shows.
+    """
     original = rng.random() < 0.5
     positions = (2 + kept).tolist() if original else list(range(2, 2 + len(kept)))
     ids = [encoder.bos, encoder.user, *[VISUAL] * len(kept)]
     length = GRID * GRID if original else len(kept)
-    return Prefix(ids, [0, 1, *positions], 2 + length, shown, places=places_of(things))
+    return Prefix(
+        ids, [0, 1, *positions], 2 + length, shown, things=things, patches=kept, owner=owner
+    )
 
 
 def draw_turns(
@@ -177,7 +177,7 @@ def image_batch(
         slip = (rng.random(len(kept)) < 0.02) & (own["owner"] >= 0)
         own["name"] = np.where(slip, rng.integers(0, BACKGROUND, len(kept)), own["name"])
         columns.append(own)
-        prefixes.append(image_prefix(kept, own["name"], things, encoder, rng))
+        prefixes.append(image_prefix(kept, own["name"], own["owner"], things, encoder, rng))
         turns.append(draw_turns(things, rng, 8, _FIRST_KINDS if early else KIND_WEIGHTS))
     labels = {
         key: torch.from_numpy(np.concatenate([c[key] for c in columns])) for key in columns[0]
@@ -291,7 +291,7 @@ def train(
     modules = nn.ModuleDict(
         {"text": model.model.language_model, "head": model.lm_head, "symbols": symbols}
     )
-    modules["probes"] = probes = PlaceProbes()
+    modules["probes"] = probes = Probes()
 
     def vectors(labels: dict[str, torch.Tensor], noise_seed: int) -> torch.Tensor:
         """Noisy symbols of patches."""

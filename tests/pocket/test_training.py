@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mmlm_efficient.errors import SettingsError
-from mmlm_efficient.pocket.prompts import VISUAL, Encoder, Prefix, answer_loss
+from mmlm_efficient.pocket.guidance import answer_loss
+from mmlm_efficient.pocket.prompts import VISUAL, Encoder, Prefix
 from mmlm_efficient.pocket.questions import Question
 from mmlm_efficient.pocket.scenes import scene
 from mmlm_efficient.pocket.train import train_pocket
@@ -50,7 +51,10 @@ def test_packed_turns_equal_prompts_of_their_own() -> None:
     model, encoder = build(0)
     model.eval()
     prefix = Prefix([encoder.bos, encoder.user, VISUAL, VISUAL], [0, 1, 2, 9], 12, [0, 64])
-    turns = [Question("is_there", "is there a cat?", "yes"), Question("list", "list.", "cat, dog")]
+    turns = [
+        Question("is_there", "is there a cat?", "yes"),
+        Question("list", "list.", "cat, dog", order=(0, 1)),
+    ]
     visual = torch.randn(2, 192)
     with torch.no_grad():
         losses = [
