@@ -96,7 +96,7 @@ def kept_tokens(
         >>> picture = scene("heldout", 47).image
         >>> answer = load("pocket", "flowcut:36").ask("What is in the picture?", image=picture)
         >>> kept_tokens(picture, answer.report.images[0]).size  # with path="kept.png" also a file
-        (304, 328)
+        (304, 320)
     """
     panel = Panel(image, report_image, members=members, fit=fit)
     return kept_tokens_panel([panel], path, title)
@@ -132,7 +132,7 @@ def kept_tokens_panel(
         ...     answer = lmm.ask("What is in the picture?", image=picture, methods=method)
         ...     panels.append(Panel(picture, answer.report.images[0], method))
         >>> kept_tokens_panel(panels).size
-        (600, 328)
+        (600, 320)
     """
     if not panels:
         raise SettingsError("panels is empty: give at least one picture with its report")

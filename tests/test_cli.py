@@ -6,7 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
+Checkout = Callable[[str | None], None]
 
 
 @pytest.fixture
@@ -231,24 +232,33 @@ def test_train_passes_its_options_on(
     assert seen == {"seed": 3, "threads": 1, "scale": 1.0}
 
 
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None) -> None:
+def loaded_benchmarks() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] == "benchmarks"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkout]:
     """Pretend that the package lies in a folder with or without benchmarks."""
-    if source is not None:
-        folder = tmp_path / "benchmarks"
-        folder.mkdir()
-        (folder / "__init__.py").touch()
-        (folder / "toy.py").write_text(source)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "mmlm_efficient" / "cli.py"))
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
+
+    def pretend(source: str | None) -> None:
+        if source is not None:
+            folder = tmp_path / "benchmarks"
+            folder.mkdir()
+            (folder / "__init__.py").touch()
+            (folder / "toy.py").write_text(source)
+        monkeypatch.setattr(cli, "__file__", str(tmp_path / "mmlm_efficient" / "cli.py"))
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        for name in loaded_benchmarks():
+            monkeypatch.delitem(sys.modules, name)
+
+    yield pretend
+    for name in loaded_benchmarks():  # the pretended ones; monkeypatch puts the real ones back
+        del sys.modules[name]
 
 
-def test_bench_runs_and_passes_arguments_on(
-    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bench_runs_and_passes_arguments_on(mmlm: Run, checkout: Checkout, tmp_path: Path) -> None:
     source = "def main(argv):\n    print(argv)\n    return 0 if argv else 1\n"
-    checkout(tmp_path, monkeypatch, source)
+    checkout(source)
     assert mmlm("bench", "toy", "--rounds", 3) == Result(0, "['--rounds', '3']\n", "")
     assert mmlm("bench", "toy").code == 1
     result = mmlm("bench", "toi")
@@ -258,10 +268,12 @@ def test_bench_runs_and_passes_arguments_on(
     assert "there are toy." in mmlm("bench", "readme_tables").err
 
 
-def test_train_evaluates(mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_train_evaluates(
+    mmlm: Run, checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     train = importlib.import_module("mmlm_efficient.pocket.train")
     monkeypatch.setattr(train, "train_pocket", lambda out, **_: out / "weights")
-    checkout(tmp_path, monkeypatch, "def main(argv):\n    print(' '.join(argv))\n")
+    checkout("def main(argv):\n    print(' '.join(argv))\n")
     refused = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
     assert refused.code == 2
     assert "--evaluate: 'pocket_accuracy' is unknown" in refused.err
@@ -272,10 +284,66 @@ def test_train_evaluates(mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert f"--model {tmp_path / 'weights'} --methods none" in result.out
 
 
-def test_bench_outside_a_checkout(
+def test_train_evaluates_with_the_real_benchmark(
     mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    checkout(tmp_path, monkeypatch, None)
+    """The shipped weights stand in for trained ones; two scenes, all else as the command asks."""
+    train = importlib.import_module("mmlm_efficient.pocket.train")
+    benchmark = importlib.import_module("benchmarks.pocket_accuracy")
+    real = benchmark.main
+    monkeypatch.setattr(train, "train_pocket", lambda out, **_: train.WEIGHTS)
+    monkeypatch.setattr(benchmark, "main", lambda argv: real([*argv, "--scenes", "2"]))
+    result = mmlm("train", "pocket", "--out", tmp_path, "--threads", 1, "--evaluate")
+    assert result.code == 0
+    assert f"{train.WEIGHTS} on 2 held-out scenes" in result.out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.json", "accuracy.png"]
+    measured = json.loads((tmp_path / "accuracy.json").read_text())
+    assert (measured["scenes"], measured["threads"]) == (2, 1)
+    (row,) = measured["rows"]
+    assert (row["method"], row["keep_tokens"]) == ("none", 144)
+    assert row["overall"]["count"] == measured["questions"] > 4
+    assert row["overall"]["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flowcut", ("--out", "--quick", "--parts", "--full-size", "--repeats")),
+        ("pocket_accuracy", ("--out", "--scenes", "--methods", "--position-ids")),
+        ("pocket_card", ("--out", "--videos", "--pictures")),
+    ],
+)
+def test_bench_help_is_the_benchmarks_own(mmlm: Run, name: str, options: tuple[str, ...]) -> None:
+    result = mmlm("bench", name, "--help")
+    assert result.code == 0
+    assert f"usage: mmlm bench {name}" in result.out
+    for option in options:
+        assert option in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("flowcut", "--rounds", 3), "mmlm bench flowcut: error: unrecognized arguments: --rounds"),
+        (("flowcut", "--repeat", 3), "unrecognized arguments: --repeat"),  # nor abbreviations
+        (("pocket_accuracy", "--scene", 3), "unrecognized arguments: --scene"),
+        (("pocket_card", "--video", 3), "unrecognized arguments: --video"),
+        (("flowcut", "--repeats", 0), "argument --repeats: must be at least 1, got 0"),
+        (("flowcat", "--help"), "Did you mean 'flowcut'"),
+        (("--rounds", 3, "flowcut"), "No such option: --rounds"),
+        ((), "Missing argument"),
+    ],
+)
+def test_bench_refuses_unknown_options(mmlm: Run, arguments: tuple[object, ...], part: str) -> None:
+    result = mmlm("bench", *arguments)
+    assert result.code == 2
+    assert part in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_bench_outside_a_checkout(mmlm: Run, checkout: Checkout) -> None:
+    checkout(None)
     result = mmlm("bench", "flowcut")
     assert result.code == 2
     assert "Clone the repository" in result.err
