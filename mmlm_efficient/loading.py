@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from mmlm_efficient.errors import ModelLoadError, SettingsError, UnsupportedError, nearest
-from mmlm_efficient.families import FAMILIES
+from mmlm_efficient.errors import ModelLoadError, SettingsError, nearest
+from mmlm_efficient.families import family_class
 from mmlm_efficient.model import EfficientLMM, Methods
 from mmlm_efficient.prepare import check_methods
 from mmlm_efficient.quantization import (
@@ -78,8 +78,11 @@ def load(
         UnsupportedError: the model belongs to no supported family.
 
     Example:
-        >>> lmm = load("pocket")  # doctest: +SKIP
-        >>> lmm.ask("What is left of the cat?", image="scene.png").text  # doctest: +SKIP
+        >>> from mmlm_efficient.pocket import scene
+        >>> lmm = load("pocket")
+        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+        >>> answer.usage.visual_tokens_in
+        144
     """
     chosen = as_methods(methods)
     check_methods(chosen)
@@ -90,7 +93,7 @@ def load(
     name = os.fspath(source)
     folder = find_folder(name, revision)
     config = _read_config(folder, name)
-    _check_family(config, name)
+    family_class(config, name)
     options: dict[str, Any] = {"dtype": wanted, "attn_implementation": attn_implementation}
     skip: list[str] = []
     if quantization is not None:
@@ -250,7 +253,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
     config = _fetched(
         source, revision, lambda: hf_hub_download(source, "config.json", revision=revision)
     )
-    _check_family(_read_config(config.parent, source), source)
+    family_class(_read_config(config.parent, source), source)
     folder = _fetched(
         source,
         revision,
@@ -333,25 +336,6 @@ def _read_config(folder: Path, name: str) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{name}: config.json cannot be read: {error}") from error
-
-
-def _check_family(config: Any, name: str) -> None:
-    """Refuse a model of an unsupported kind before its weights are read."""
-    if not any(family.matches(config) for family in FAMILIES):
-        supported = "; ".join(f"{family.name} ({family.describes})" for family in FAMILIES)
-        raise UnsupportedError(
-            f"{name}: is a {getattr(config, 'model_type', 'model')!r} model with "
-            f"{', '.join(_parts(config)) or 'no vision tower'}, which no supported family covers. "
-            f"Supported: {supported}."
-        )
-
-
-def _parts(config: Any) -> list[str]:
-    parts = []
-    for part in ("vision_config", "text_config"):
-        if (inner := getattr(config, part, None)) is not None:
-            parts.append(f"{part} {getattr(inner, 'model_type', '?')!r}")
-    return parts
 
 
 def _read_weights(folder: Path, name: str, options: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from mmlm_efficient.stations.bridge import (
     IGNORED_LABEL,
     PaddingSide,
     PromptLayout,
+    check_labels,
     find_blocks,
     prompt_positions,
     shortened,
@@ -425,6 +426,8 @@ def _plan_layers(prepared: Prepared) -> None:
             for cut in method.layer_cuts(len(prepared.tokens), n_layers)
             if any(len(tokens) > cut.targets[tokens.image] for tokens in prepared.tokens)
         ]
+    if cuts:
+        check_labels(prepared._inputs)
     original = _keeps_positions(prepared)
     request = LayerRequest(
         prepared.layout,

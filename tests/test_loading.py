@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GemmaConfig, LlavaConfig
 
 from mmlm_efficient import FlowCut, load, loading
 from mmlm_efficient.errors import (
@@ -17,10 +19,11 @@ from mmlm_efficient.errors import (
     SettingsError,
     UnsupportedError,
 )
+from mmlm_efficient.families import family_of
 from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.quantization import language_model_name, skipped_modules, verify_quantized
 from mmlm_efficient.settings import Config
-from tests.tiny import tiny_llava
+from tests.tiny import tiny_llava, vision_config
 from tests.tiny_processor import picture, save_tiny, tiny_processor
 
 QUESTION = "where cat ?"
@@ -260,6 +263,19 @@ def test_model_of_an_unsupported_family(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with refuse(UnsupportedError, "'gpt2'", "no vision tower", "Supported: llava"):
         load(folder)
+
+
+def test_an_unsupported_family_is_refused_with_the_words_of_family_of(folder: Path) -> None:
+    """One check before the weights are read and on a model in memory."""
+    config = LlavaConfig(text_config=GemmaConfig(), vision_config=vision_config("clip"))
+    config.save_pretrained(folder)
+    with pytest.raises(UnsupportedError) as before:
+        load(folder)
+    with pytest.raises(UnsupportedError) as after:
+        family_of(SimpleNamespace(config=config))
+    words = str(before.value).removeprefix(str(folder))
+    assert words == str(after.value).removeprefix("SimpleNamespace")
+    assert "is a 'llava' model with vision_config 'clip_vision_model', text_config 'gemma'" in words
 
 
 def test_damaged_weights(folder: Path) -> None:

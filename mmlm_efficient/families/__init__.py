@@ -8,9 +8,34 @@ from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts, Family, TowerParts
 from mmlm_efficient.families.llava import Llava
 
-__all__ = ["FAMILIES", "DecoderParts", "Family", "TowerParts", "family_of"]
+__all__ = ["FAMILIES", "DecoderParts", "Family", "TowerParts", "family_class", "family_of"]
 
 FAMILIES: tuple[type[Family], ...] = (Llava,)
+
+
+def family_class(config: Any, name: str) -> type[Family]:
+    """The family that a model with this config belongs to.
+
+    Args:
+        config: a config of transformers, or None.
+        name: how the message calls the model.
+
+    Raises:
+        UnsupportedError: no family knows this kind of model; the message lists those that exist.
+    """
+    for family in FAMILIES:
+        if family.matches(config):
+            return family
+    parts = []
+    for part in ("vision_config", "text_config"):
+        if (inner := getattr(config, part, None)) is not None:
+            parts.append(f"{part} {getattr(inner, 'model_type', '?')!r}")
+    supported = "; ".join(f"{family.name} ({family.describes})" for family in FAMILIES)
+    raise UnsupportedError(
+        f"{name}: is a {getattr(config, 'model_type', 'model')!r} model with "
+        f"{', '.join(parts) or 'no vision tower'}, which belongs to no supported model family. "
+        f"Supported: {supported}."
+    )
 
 
 def family_of(model: Any) -> Family:
@@ -20,18 +45,6 @@ def family_of(model: Any) -> Family:
         model: a transformers model.
 
     Raises:
-        UnsupportedError: no family knows this kind of model; the message lists those that exist.
+        UnsupportedError: as :func:`family_class`.
     """
-    config = getattr(model, "config", None)
-    for family in FAMILIES:
-        if family.matches(config):
-            return family(model)
-    kinds = [getattr(config, "model_type", type(model).__name__)]
-    for part in ("vision_config", "text_config"):
-        if (sub_config := getattr(config, part, None)) is not None:
-            kinds.append(f"{part}: {getattr(sub_config, 'model_type', '?')}")
-    supported = "; ".join(f"{family.name} ({family.describes})" for family in FAMILIES)
-    raise UnsupportedError(
-        f"{type(model).__name__} ({', '.join(kinds)}) belongs to no supported model family. "
-        f"Supported: {supported}."
-    )
+    return family_class(getattr(model, "config", None), type(model).__name__)(model)

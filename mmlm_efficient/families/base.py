@@ -50,6 +50,7 @@ class DecoderParts:
         config: the text config; masks are built for its attention implementation.
         heads: query heads; kv_heads: key and value heads; head_dim: width of a head.
         sliding: for each layer, whether its attention uses the sliding-window mask.
+        head: the model whose forward takes labels for the decoder's logits, if there is one.
     """
 
     layers: Sequence[nn.Module]
@@ -61,6 +62,7 @@ class DecoderParts:
     kv_heads: int
     head_dim: int
     sliding: tuple[bool, ...]
+    head: nn.Module | None = None
 
 
 class Family(ABC):

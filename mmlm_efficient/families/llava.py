@@ -57,7 +57,7 @@ class Llava(Family):
     @cached_property
     def decoder(self) -> DecoderParts:
         """The Llama, Mistral or Qwen2 decoder."""
-        return decoder_parts(self.model.model.language_model)
+        return decoder_parts(self.model.model.language_model, head=self.model)
 
     @property
     def placeholder_id(self) -> int:
@@ -120,8 +120,8 @@ def tower_parts(tower: nn.Module) -> TowerParts:
     )
 
 
-def decoder_parts(language_model: nn.Module) -> DecoderParts:
-    """The parts of a ``LlamaModel``, ``MistralModel`` or ``Qwen2Model``."""
+def decoder_parts(language_model: nn.Module, head: nn.Module | None = None) -> DecoderParts:
+    """The parts of a ``LlamaModel``, ``MistralModel`` or ``Qwen2Model``, and the model on it."""
     module: Any = language_model
     config = module.config
     layers = list(module.layers)
@@ -142,4 +142,5 @@ def decoder_parts(language_model: nn.Module) -> DecoderParts:
         kv_heads=int(config.num_key_value_heads),
         head_dim=int(attentions[0].head_dim),
         sliding=sliding,
+        head=head,
     )

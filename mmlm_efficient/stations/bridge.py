@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmlm_efficient.errors import PromptError
+from mmlm_efficient.errors import PromptError, UnsupportedError
 
 PaddingSide = Literal["left", "right"]
 # The label that the losses of transformers leave out.
@@ -223,8 +223,11 @@ def shortened(
         The inputs [B, S'], with the attention mask always present.
 
     Raises:
-        PromptError: position ids among the inputs do not ascend, or have another shape.
+        PromptError: position ids among the inputs do not ascend, or have another shape; or
+            labels do.
+        UnsupportedError: labels together with logits_to_keep.
     """
+    check_labels(inputs)
     input_ids = inputs["input_ids"]
     device = input_ids.device
     mask, source = layout.mask.to(device), source.to(device)
@@ -243,6 +246,33 @@ def shortened(
             positions = positions - layout.shift.to(device)
         result["position_ids"] = positions.masked_fill(~mask, 0)
     return result
+
+
+def check_labels(inputs: Mapping[str, Any]) -> None:
+    """Refuse labels that cannot follow their tokens through a cut.
+
+    Args:
+        inputs: model inputs; labels, if any, must be int64 [B, S], as input_ids are.
+
+    Raises:
+        PromptError: labels have another shape.
+        UnsupportedError: labels together with logits_to_keep, which counts columns after the cut.
+    """
+    labels, keep = inputs.get("labels"), inputs.get("logits_to_keep")
+    if labels is None:
+        return
+    if isinstance(keep, Tensor) or keep:
+        raise UnsupportedError(
+            "labels together with logits_to_keep: where tokens are pruned, the last columns of the "
+            "prompt are others than before. Leave logits_to_keep out, give labels for all of "
+            f"input_ids and set those that are to have no loss to {IGNORED_LABEL}."
+        )
+    want, got = list(inputs["input_ids"].shape), list(labels.shape)
+    if got != want:
+        raise PromptError(
+            f"labels: expected shape {want}, that of input_ids, got {got}. Give one label per "
+            f"token of the unpruned prompt, {IGNORED_LABEL} for no loss: they are cut with it."
+        )
 
 
 def _positions_of(inputs: Mapping[str, Tensor]) -> Tensor:

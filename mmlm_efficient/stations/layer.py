@@ -16,13 +16,13 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts
 from mmlm_efficient.stations.active import activate, active_request
 from mmlm_efficient.stations.bridge import PromptLayout
+from mmlm_efficient.stations.hooks import Arguments, LayerHooks
 from mmlm_efficient.tokens import top_positions
 
 
@@ -215,9 +215,12 @@ class LayerRequest:
         self.seconds = 0.0
 
     def enter(
-        self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any], parts: DecoderParts
-    ) -> dict[str, Any] | None:
-        """Keyword arguments of a layer with positions and masks for what is left of the prompt."""
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: DecoderParts
+    ) -> Arguments | None:
+        """Arguments of a layer with positions and masks for what is left of the prompt."""
+        hidden: Tensor = args[0]
+        if layer == 0:
+            self.begin(hidden, kwargs)
         forward = self._running()
         forward.rope = kwargs.get("position_embeddings")
         cache: Any = kwargs.get("past_key_values")
@@ -244,7 +247,7 @@ class LayerRequest:
                 forward.tables[forward.stage] = positions, parts.rotary(hidden, positions)
             changed["position_ids"], changed["position_embeddings"] = forward.tables[forward.stage]
             forward.rope = changed["position_embeddings"]
-        return changed
+        return args, changed
 
     def _mask(
         self, layer: int, hidden: Tensor, layout: PromptLayout, cache: Any, parts: DecoderParts
@@ -324,7 +327,7 @@ class LayerRequest:
             _parts=parts,
         )
 
-    def leave(self, layer: int, hidden: Tensor) -> Tensor | None:
+    def leave(self, layer: int, hidden: Tensor, parts: DecoderParts) -> Tensor | None:
         """The layer's output [B, L, D] without the tokens that are cut, or None to keep it."""
         forward = self._forward
         if forward is None or layer not in self.cuts:
@@ -375,7 +378,7 @@ def _gathered(hidden: Tensor, source: Tensor, copies: int) -> Tensor:
     return torch.take_along_dim(hidden, rows.unsqueeze(-1), dim=1)
 
 
-class LayerStation:
+class LayerStation(LayerHooks[DecoderParts]):
     """Hooks of one language model, registered once and idle until a request is active.
 
     Args:
@@ -383,23 +386,11 @@ class LayerStation:
     """
 
     def __init__(self, parts: DecoderParts) -> None:
-        self._parts = parts
-        self._handles: list[RemovableHandle] = []
-        for layer, module in enumerate(parts.layers):
-            for part, projection in enumerate(parts.projections[layer]):
-                self._handles.append(projection.register_forward_hook(self._capture(layer, part)))
-            attention = parts.attentions[layer]
-            self._handles.append(attention.register_forward_hook(self._observe(layer)))
+        super().__init__(parts)
+        if parts.head is not None:
             self._handles.append(
-                module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
+                parts.head.register_forward_pre_hook(self._check_labels, with_kwargs=True)
             )
-            # First among the layer's hooks: what transformers records must be the cut output.
-            self._handles.append(module.register_forward_hook(self._leave(layer), prepend=True))
-
-    def close(self) -> None:
-        """Remove the hooks; the model is stock again."""
-        while self._handles:
-            self._handles.pop().remove()
 
     @contextmanager
     def active(self, request: LayerRequest) -> Iterator[None]:
@@ -410,43 +401,14 @@ class LayerStation:
         with activate(self, request):
             yield
 
-    def _request(self) -> LayerRequest | None:
-        return cast("LayerRequest | None", active_request(self))
-
-    def _capture(self, layer: int, part: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            request = self._request()
-            if request is not None and request.wants(layer):
-                request.capture(part, output)
-
-        return hook
-
-    def _observe(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, ___: Any) -> None:
-            request = self._request()
-            if request is not None:
-                request.observe(layer, self._parts)
-
-        return hook
-
-    def _enter(self, layer: int) -> Any:
-        def hook(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            request = self._request()
-            if request is None:
-                return None
-            hidden = args[0]
-            if layer == 0:
-                request.begin(hidden, kwargs)
-            changed = request.enter(layer, hidden, kwargs, self._parts)
-            return None if changed is None else (args, changed)
-
-        return hook
-
-    def _leave(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            request = self._request()
-            return None if request is None else request.leave(layer, output)
-
-        return hook
+    def _check_labels(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse labels that the model would compare with the logits of a cut sequence."""
+        request = cast("LayerRequest | None", active_request(self))
+        if request is None or not request.cuts or kwargs.get("labels") is None:
+            return
+        raise UnsupportedError(
+            "labels: tokens are cut inside the language model (after decoder layer "
+            f"{', '.join(map(str, request.cuts))}), so the model's own loss would pair its logits "
+            "with the labels of other tokens. Use EfficientLMM.forward(labels=...), or leave the "
+            "labels out here and compute the loss with Prepared.labels_left(labels)."
+        )

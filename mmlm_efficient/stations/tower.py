@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
 from mmlm_efficient.families.base import TowerParts
-from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.stations.active import activate
+from mmlm_efficient.stations.hooks import Arguments, LayerHooks
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,23 @@ class TowerRun:
         self._projections.clear()
         self.tower_pass.begin(n_images, n_patches)
 
-    def enter_layer(self) -> Tensor | None:
-        """Count the patches entering a layer; the attention mask to inject, if any."""
+    def enter(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], parts: TowerParts
+    ) -> Arguments | None:
+        """Count the patches entering a layer; its arguments with the mask to inject, if any."""
+        if layer == 0:
+            self.begin(args[0])
         for counts, kept in zip(self.layer_counts, self.kept, strict=True):
             counts.append(int(kept.shape[0]))
-        return self._mask
+        if self._mask is None:
+            return None
+        if len(args) > 1:
+            return (args[0], self._mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": self._mask}
+
+    def wants(self, layer: int) -> bool:
+        """Whether the pass needs the projections of this layer."""
+        return self.tower_pass.wants(layer)
 
     def capture(self, part: int, output: Tensor) -> None:
         """Remember a projection until the layer's attention is done."""
@@ -135,7 +147,7 @@ class TowerRun:
         )
         self.seconds += time.perf_counter() - start
 
-    def cut(self, layer: int, hidden: Tensor, config: Any) -> Tensor | None:
+    def leave(self, layer: int, hidden: Tensor, parts: TowerParts) -> Tensor | None:
         """Cut a layer's output [B, L, C] to [B, L', C], or None when every patch goes on."""
         start = time.perf_counter()
         keep = self.tower_pass.cut(layer)
@@ -151,7 +163,7 @@ class TowerRun:
         shorter = torch.take_along_dim(hidden, rows.unsqueeze(-1), dim=1)
         self._mask = None
         if self._valid is not None:
-            self._mask = _key_mask(shorter, self._valid, config)
+            self._mask = _key_mask(shorter, self._valid, parts.config)
         self.seconds += time.perf_counter() - start
         return shorter
 
@@ -187,7 +199,7 @@ def _key_mask(hidden: Tensor, valid: Tensor, config: Any) -> Tensor | None:
     return cast("Tensor | None", mask)
 
 
-class TowerStation:
+class TowerStation(LayerHooks[TowerParts]):
     """Hooks of one vision tower, registered once and idle until a pass is running.
 
     Args:
@@ -200,74 +212,9 @@ class TowerStation:
         run.kept  # per image
     """
 
-    def __init__(self, parts: TowerParts) -> None:
-        self._parts = parts
-        self._handles: list[RemovableHandle] = []
-        for layer, module in enumerate(parts.layers):
-            for part, projection in enumerate(parts.projections[layer]):
-                self._handles.append(projection.register_forward_hook(self._capture(layer, part)))
-            attention = parts.attentions[layer]
-            self._handles.append(attention.register_forward_hook(self._observe(layer)))
-            self._handles.append(
-                module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
-            )
-            # First among the layer's hooks: what transformers records must be the cut output.
-            self._handles.append(module.register_forward_hook(self._cut(layer), prepend=True))
-
-    def close(self) -> None:
-        """Remove the hooks; the model is stock again."""
-        while self._handles:
-            self._handles.pop().remove()
-
     @contextmanager
     def running(self, tower_pass: TowerPass) -> Iterator[TowerRun]:
         """Run a pass in the forwards of this thread inside the ``with`` block."""
         run = TowerRun(tower_pass, self._parts.has_cls)
         with activate(self, run):
             yield run
-
-    def _run(self) -> TowerRun | None:
-        return cast("TowerRun | None", active_request(self))
-
-    def _capture(self, layer: int, part: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            run = self._run()
-            if run is not None and run.tower_pass.wants(layer):
-                run.capture(part, output)
-
-        return hook
-
-    def _observe(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, ___: Any) -> None:
-            run = self._run()
-            if run is not None:
-                run.observe(layer, self._parts)
-
-        return hook
-
-    def _enter(self, layer: int) -> Any:
-        def hook(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            run = self._run()
-            if run is None:
-                return None
-            if layer == 0:
-                run.begin(args[0])
-            mask = run.enter_layer()
-            if mask is None:
-                return None
-            if len(args) > 1:
-                return (args[0], mask, *args[2:]), kwargs
-            return args, {**kwargs, "attention_mask": mask}
-
-        return hook
-
-    def _cut(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            run = self._run()
-            if run is None:
-                return None
-            return run.cut(layer, output, self._parts.config)
-
-        return hook

@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mmlm_efficient import EfficientLMM
-from mmlm_efficient.pruning import FlowCut
+from mmlm_efficient.errors import PromptError, UnsupportedError
+from mmlm_efficient.prepare import LMMParts, prepare
+from mmlm_efficient.pruning import FlowCut, PruningMethod, RandomPruning
 from tests import tiny
 from tests.tiny_processor import tiny_processor
 
@@ -17,9 +19,12 @@ I = tiny.IMAGE_TOKEN  # noqa: E741
 PROMPTS = [tiny.prompt(1, 5, I, 6, 7, 8), tiny.prompt(1, 9, 11), tiny.prompt(1, I, 6, I, 9, 10)]
 
 
-def training_batch(padding_side: str) -> dict[str, torch.Tensor]:
+def training_batch(
+    padding_side: str, prompts: list[list[int]] = PROMPTS
+) -> dict[str, torch.Tensor]:
     """Prompts with labels on all words but not on images and padding."""
-    inputs = tiny.batch(PROMPTS, tiny.images(3), padding_side)
+    count = sum(ids.count(I) for ids in prompts) // tiny.N_PATCHES
+    inputs = tiny.batch(prompts, tiny.images(count), padding_side)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     inputs["labels"] = ids.masked_fill((ids == I) | (mask == 0), -100)
     return inputs
@@ -81,3 +86,76 @@ def test_other_cuts_leave_the_loss_to_the_model() -> None:
         kept = lmm.forward(methods=FlowCut(keep_tokens=14), **inputs)
         assert kept.logits.shape[1] == max(5 + 14, 4 + 2 * 14)
         assert bool(torch.isfinite(kept.loss))
+
+
+# In the second batch the widest prompt is text alone: a cut leaves the batch as wide as before, and
+# nothing but a wrong loss would show that labels and logits belong to different tokens.
+BATCHES = [PROMPTS, [tiny.prompt(1, 5, I, 6, 7, 8), list(range(10, 60))]]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("prompts", BATCHES, ids=["narrower", "as wide"])
+def test_the_models_own_loss_is_refused_after_a_cut_in_the_language_model(
+    prompts: list[list[int]], padding_side: Any
+) -> None:
+    """The message names two ways; both give the same loss."""
+    model = tiny.tiny_llava()
+    method = FlowCut(keep_tokens=14, llm_prune_layer=1, llm_keep_tokens=5)
+    inputs = training_batch(padding_side, prompts)
+    with EfficientLMM(model, tiny_processor(), method) as lmm, torch.no_grad():
+        want = lmm.forward(**inputs).loss
+    with LMMParts(model) as parts, torch.no_grad():
+        prepared = prepare(parts, inputs, [method], padding_side=padding_side)
+        model_inputs = prepared.model_inputs
+        with prepared.active():
+            with pytest.raises(UnsupportedError, match="after decoder layer 1") as caught:
+                model(**model_inputs)
+            assert "EfficientLMM.forward(labels=...)" in str(caught.value)
+            labels = model_inputs.pop("labels")
+            logits = model(**model_inputs).logits
+        left = prepared.labels_left(labels)
+        got = model.loss_function(logits=logits, labels=left, vocab_size=tiny.VOCAB)
+        assert torch.equal(got, want)
+        # Outside of the request, and after it, labels are the model's own affair.
+        assert bool(torch.isfinite(model(**inputs).loss))
+
+
+PRUNING = [
+    FlowCut(keep_tokens=14),
+    RandomPruning(keep_tokens=9),
+    FlowCut(keep_ratio=1.0, llm_prune_layer=1, llm_keep_tokens=5),
+]
+
+
+@pytest.mark.parametrize("method", PRUNING, ids=["tower", "bridge", "layer"])
+@pytest.mark.parametrize("keep", [3, torch.tensor([0, 1])], ids=["count", "columns"])
+def test_labels_with_logits_to_keep_are_refused(method: PruningMethod, keep: Any) -> None:
+    inputs = training_batch("right")
+    with EfficientLMM(tiny.tiny_llava(), tiny_processor(), method) as lmm, torch.no_grad():
+        want = lmm.forward(**inputs).loss
+        for labels in (inputs["labels"], inputs["labels"][:, -3:]):
+            with pytest.raises(UnsupportedError, match="Leave logits_to_keep out"):
+                lmm.forward(**{**inputs, "labels": labels}, logits_to_keep=keep)
+        assert torch.equal(lmm.forward(**inputs, logits_to_keep=0).loss, want)
+        inputs.pop("labels")
+        assert lmm.forward(**inputs, logits_to_keep=keep).logits.shape[1] in (2, 3)
+
+
+@pytest.mark.parametrize("method", PRUNING, ids=["tower", "bridge", "layer"])
+def test_labels_of_another_shape_are_refused(method: PruningMethod) -> None:
+    inputs = training_batch("left")
+    inputs["labels"] = inputs["labels"][:, 1:]
+    with (
+        EfficientLMM(tiny.tiny_llava(), tiny_processor(), method) as lmm,
+        pytest.raises(PromptError, match=r"labels: expected shape \[3, 76\].*got \[3, 75\]"),
+    ):
+        lmm.forward(**inputs)
+
+
+def test_with_nothing_to_prune_both_are_the_stock_models_affair() -> None:
+    inputs = training_batch("left")
+    inputs["labels"] = inputs["labels"][:, -3:]
+    method = FlowCut(keep_ratio=1.0)
+    with EfficientLMM(tiny.tiny_llava(), tiny_processor(), method) as lmm, torch.no_grad():
+        want = lmm.model(**inputs, logits_to_keep=3).loss
+        assert torch.equal(lmm.forward(**inputs, logits_to_keep=3).loss, want)
