@@ -27,15 +27,21 @@ Heads = tuple[tuple[int, int], ...]  # (layer, head)
 
 CLOCK_HEADS: Heads = ((0, 0),)  # a frame's patches: at its time
 POINTING_HEADS: Heads = ((1, 0), (2, 0))  # words: at what they name
-RANK_HEADS: Heads = ((1, 1),)  # centres of objects: at the centres before them
+RANK_HEADS: Heads = (
+    (1, 1),
+    (1, 2),
+    (2, 0),
+    (2, 2),
+)  # centres of objects: at the centres before them
 PROGRESS_HEADS: Heads = ((1, 2),)  # answers of lists: at the names said so far
 FIRST_KEY_HEADS: Heads = ((2, 1),)  # answers: at the question's first name or number
 LAST_KEY_HEADS: Heads = ((2, 2),)  # ... and at its last
 BEFORE_HEADS: Heads = ((2, 1),)  # a frame's patches: at the same kind in earlier frames
 AIMING_HEADS: Heads = ((3, 0), (4, 0))  # answers: at what they are about
-COUNT_HEADS: Heads = ((3, 1), (4, 1))  # answers that count: at what they count
+COUNT_HEADS: Heads = ((3, 1), (3, 2), (4, 1), (4, 2))  # answers that count: at what they count
 MOMENT_HEADS: Heads = ((5, 0), (5, 1))  # answers that say a time: at that time
-_WEIGHT = 0.3
+_WEIGHTS = {"counting": 0.6}
+_WEIGHT = 0.3  # of all other losses
 
 
 class Probes(nn.Module):
@@ -43,7 +49,7 @@ class Probes(nn.Module):
 
     Words must know where the object is that they name after two layers; answers where the
     objects of the question are after four, and where the object is that they are about after
-    five. Centres of objects and answers of lists must know their rank after two.
+    five. Centres of objects must know their rank after three, answers of lists after two.
     """
 
     def __init__(self) -> None:
@@ -65,12 +71,13 @@ class Probes(nn.Module):
             logits = _read(head, hidden[depth][rows, words]).reshape(-1, BINS)
             places.append(_cross_entropy(logits, target))
         ranks = []
-        for head, things in zip(self.ranks, (_middles(batch), batch.listed), strict=True):
+        ranked = ((_middles(batch), 3), (batch.listed, 2))
+        for head, (things, depth) in zip(self.ranks, ranked, strict=True):
             rows, words = (things != NOT_LISTED).nonzero(as_tuple=True)
             thing = things[rows, words]
             count = (batch.kinds[rows] >= 0).sum(-1)
             target = batch.ranks[rows, thing.clamp(min=0)].where(thing != NONE_LEFT, count)
-            ranks.append(_cross_entropy(_read(head, hidden[2][rows, words]), target))
+            ranks.append(_cross_entropy(_read(head, hidden[depth][rows, words]), target))
         return {"places": torch.stack(places).mean(), "ranks": torch.stack(ranks).mean()}
 
 
@@ -124,7 +131,8 @@ def answer_loss(
     if probes is not None:
         losses |= probes(batch, output.hidden_states)
     answer = (each * weight).sum() / weight.sum()
-    total = answer + _WEIGHT * torch.stack(list(losses.values())).sum()
+    parts = [_WEIGHTS.get(name, _WEIGHT) * loss for name, loss in losses.items()]
+    total = answer + torch.stack(parts).sum()
     return {"loss": total, "answer": answer, **losses}, logits.argmax(-1)
 
 
@@ -252,18 +260,25 @@ def _tally_loss(
     words: torch.Tensor,
     paid: torch.Tensor,
 ) -> torch.Tensor:
-    """Even attention over the first token and the chosen things, each with all its patches.
+    """Even attention over the first token and the chosen things: their centres, if in sight.
 
     Args:
         things: bool [words, 6]; those without a visual token before the word do not count.
     """
-    own = functional.one_hot(batch.owner + 1, MAX_OBJECTS + 1)[..., 1:].float()  # [B, S, 6]
+    own = _one_hot(batch.owner)
+    centre = _one_hot(_middles(batch))
+    own = torch.where(centre.any(1, keepdim=True), centre, own)
     column = torch.arange(own.shape[1])[:, None]
     first = torch.where(own > 0, column, own.shape[1]).amin(1)
     things = things & (first[rows] < words[:, None])
     shares = torch.einsum("hns,nst->hnt", paid, own[rows])
     always = torch.ones(len(rows), 1, dtype=torch.bool)
     return _even_loss(torch.cat([paid[..., :1], shares], -1), torch.cat([always, things], -1))
+
+
+def _one_hot(things: torch.Tensor) -> torch.Tensor:
+    """Indices [B, S], -1 = none -> float32 [B, S, 6]."""
+    return functional.one_hot(things + 1, MAX_OBJECTS + 1)[..., 1:].float()
 
 
 def _even_loss(shares: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -32,15 +32,15 @@ def encoder() -> Encoder:
     return Encoder(build_tokenizer())
 
 
-def _picture(encoder: Encoder) -> tuple[Batch, list[int]]:
-    """Columns 2.. are: cat's centre, background, dog's centre, cat's edge, cat's centre."""
+def _picture(encoder: Encoder, last_patch: int = 26) -> tuple[Batch, list[int]]:
+    """Columns 2.. are: cat's centre, background, dog's centre, cat's edge, cat's centre (26)."""
     prefix = Prefix(
         ids=[encoder.bos, encoder.user, *[VISUAL] * 5],
         positions=range(7),
         next_position=7,
         shown=[CAT, 64, DOG, CAT, CAT],
         things=THINGS,
-        patches=[0, 1, 13, 25, 26],
+        patches=[0, 1, 13, 25, last_patch],
         owner=[1, -1, 2, 0, 0],
     )
     turns = [
@@ -83,7 +83,7 @@ def test_counting_is_an_even_look_at_each_object_and_the_first_token(encoder: En
     batch, (count, _) = _picture(encoder)
     attentions = _attentions(batch)
     before = attention_losses(batch, attentions)["counting"]
-    _look(attentions, COUNT_HEADS, count, {0: 1 / 3, 2: 1 / 3, 5: 1 / 6, 6: 1 / 6})
+    _look(attentions, COUNT_HEADS, count, {0: 1 / 3, 2: 1 / 3, 6: 1 / 3})
     halfway = attention_losses(batch, attentions)["counting"]
     _look(attentions, RANK_HEADS, 2, {0: 1.0})
     _look(attentions, RANK_HEADS, 4, {0: 1 / 2, 2: 1 / 2})
@@ -91,8 +91,19 @@ def test_counting_is_an_even_look_at_each_object_and_the_first_token(encoder: En
     after = attention_losses(batch, attentions)["counting"]
     assert before > halfway + 1 > after + 2
     assert after == pytest.approx(0, abs=1e-4)
-    _look(attentions, COUNT_HEADS, count, {0: 0.2, 2: 0.6, 5: 0.1, 6: 0.1})
+    _look(attentions, COUNT_HEADS, count, {0: 0.2, 2: 0.6, 6: 0.2})
     assert attention_losses(batch, attentions)["counting"] > 0.05, "uneven"
+
+
+def test_an_object_counts_with_all_its_patches_when_its_centre_was_pruned(
+    encoder: Encoder,
+) -> None:
+    batch, (count, _) = _picture(encoder, last_patch=27)
+    attentions = _attentions(batch)
+    _look(attentions, RANK_HEADS, 2, {0: 1.0})
+    _look(attentions, RANK_HEADS, 4, {0: 1 / 2, 2: 1 / 2})
+    _look(attentions, COUNT_HEADS, count, {0: 1 / 3, 2: 1 / 3, 5: 1 / 12, 6: 1 / 4})
+    assert attention_losses(batch, attentions)["counting"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_list_looks_at_what_was_said_and_at_what_is_next(encoder: Encoder) -> None:
