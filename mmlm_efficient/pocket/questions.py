@@ -10,7 +10,16 @@ import numpy as np
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pocket.objects import NAMES, PLURALS
-from mmlm_efficient.pocket.scenes import BIN_PX, BINS, GRID, IMAGE_PX, PATCH_PX, Scene, VideoScene
+from mmlm_efficient.pocket.scenes import (
+    BIN_PX,
+    BINS,
+    GRID,
+    IMAGE_PX,
+    PATCH_PX,
+    Scene,
+    VideoScene,
+    spoken,
+)
 
 IMAGE_KINDS = (
     "is_there",
@@ -114,7 +123,7 @@ class Thing:
     @property
     def bins(self) -> tuple[int, int]:
         """Position as it is spoken."""
-        return min(int(self.x_px / BIN_PX), BINS - 1), min(int(self.y_px / BIN_PX), BINS - 1)
+        return spoken(self.x_px, self.y_px)
 
     @property
     def patch(self) -> int:

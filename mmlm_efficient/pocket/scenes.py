@@ -2,7 +2,8 @@
 
 Everything is drawn from a seed made of (split, index), so a scene is reproducible and the
 splits never meet: `scene("heldout", 7)` is the same picture on every machine and is never
-composed while training, which only uses the split "train".
+composed while training, which learns from the split "train" and logs its progress on
+"calibration".
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ class SceneObject:
     @property
     def bins(self) -> tuple[int, int]:
         """Centre as the two numbers of the spoken position, each in [0, BINS)."""
-        x, y = self.center_px
-        return min(int(x / BIN_PX), BINS - 1), min(int(y / BIN_PX), BINS - 1)
+        return spoken(*self.center_px)
+
+
+def spoken(x_px: float, y_px: float) -> tuple[int, int]:
+    """The two numbers in [0, BINS) by which a place in the picture is spoken of."""
+    return min(int(x_px / BIN_PX), BINS - 1), min(int(y_px / BIN_PX), BINS - 1)
 
 
 @dataclass(frozen=True, eq=False)

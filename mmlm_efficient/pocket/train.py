@@ -1,4 +1,4 @@
-"""`mmlm train pocket`: all stages in order, then the shipped folder and its model card."""
+"""`mmlm train pocket`: all stages in order, then a model folder like the shipped one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> Path:
 
 
 def write_card(folder: Path, images: Mapping[str, Any], videos: Mapping[str, Any]) -> None:
-    """Write the model card with measured accuracies.
+    """Write the model card (README.md of the folder) with measured accuracies.
 
     Args:
         folder: the model's folder.

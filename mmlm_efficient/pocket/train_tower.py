@@ -140,8 +140,8 @@ def batch(
 
 
 def accuracy(tower: CLIPVisionModel, heads: TowerHeads, count: int = 128) -> dict[str, float]:
-    """Read-out accuracy on held-out scenes: object patches, background, position, CLS."""
-    items = [scene("heldout", 500_000 + k) for k in range(count)]
+    """Read-out accuracy on scenes that training does not learn from."""
+    items = [scene("calibration", k) for k in range(count)]
     target = labels_of(items, np.zeros((count, 2), np.int64))
     names, x, y, _, cls = heads(tower_hidden(tower, normalise(np.stack([s.pixels for s in items]))))
     guess, truth = names.argmax(-1), target["name"]

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from mmlm_efficient.errors import SettingsError
 
+# raised when losses, data or shapes change: checkpoints of other versions are not gone on with
+RECIPE_VERSION = 2
+
 StepFunction = Callable[[int], dict[str, torch.Tensor]]
 ProbeFunction = Callable[[], dict[str, float]]
 
@@ -87,7 +90,7 @@ def run_stage(
     """
     checkpoint = out / f"{name}.pt"
     optimizer = _optimizer(modules, schedule)
-    recipe = {"seed": seed, **asdict(schedule)}
+    recipe = {"version": RECIPE_VERSION, "seed": seed, **asdict(schedule)}
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
