@@ -1,5 +1,5 @@
 # Every target works on a fresh clone: it makes .venv, installs what it needs once, and does its job.
-# PYTHON=python3.12 make ... picks another interpreter; TORCH=... another torch; BENCH_OUT=... where
+# make demo PYTHON=python3.12 picks another interpreter; TORCH=... another torch; BENCH_OUT=... where
 # `make bench` writes (git ignores outputs/).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PACKAGES := mmlm_efficient ray_serve eval
 BENCH_OUT ?= outputs/flowcut_bench.json
+# The oldest Python that pyproject.toml allows, such as 3.11.
+OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"$$/\1/p' pyproject.toml)
+NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' 2>/dev/null
 
 # No target talks to a model hub: the tests and the demo use what the repository ships.
 export HF_HUB_OFFLINE := 1
@@ -20,6 +23,12 @@ help: ## this list
 
 # torch goes first and by itself, so that nothing else decides which torch is installed.
 $(VENV)/.torch:
+	@test -x $(BIN)/python || $(PYTHON) $(NEW_ENOUGH) || { \
+	  echo "Python $(OLDEST) or newer is needed; '$(PYTHON)' says: $$($(PYTHON) --version 2>&1 | tail -n 1)." \
+	    "Give another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
+	@test ! -x $(BIN)/python || $(BIN)/python $(NEW_ENOUGH) || { \
+	  echo "Python $(OLDEST) or newer is needed; $(VENV) says: $$($(BIN)/python --version 2>&1 | tail -n 1)." \
+	    "Run: make clean; make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
 	@touch $@

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -23,7 +23,6 @@ from mmlm_efficient.errors import MMLMError, SettingsError, nearest, require_ext
 
 if TYPE_CHECKING:
     from mmlm_efficient.answers import Answer
-    from mmlm_efficient.demo import Demo
     from mmlm_efficient.settings import Config
 
 app = typer.Typer(
@@ -92,6 +91,15 @@ def ask(
         list[str] | None,
         typer.Option(help="Method, such as flowcut or flowcut:36; repeat it for several."),
     ] = None,
+    method_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method-set",
+            metavar="NAME=VALUE",
+            help="Any setting of the --method, such as position_ids=original or seed=3; repeat "
+            "it for several. mmlm methods lists them.",
+        ),
+    ] = None,
     keep_tokens: Annotated[
         int | None, typer.Option(help="Visual tokens to keep per image.")
     ] = None,
@@ -128,11 +136,12 @@ def ask(
     if plot is not None:
         if not image:
             raise SettingsError("--plot: there is no --image to draw on.")
-        _check_png("--plot", plot)
+        plot = _checked_png("--plot", plot)
         require_extra("matplotlib", "plots")
     given = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
-    settings = _settings(config, given, _methods(method, keep_tokens, keep_ratio))
-    options: dict[str, Any] = {**settings.generation, **_assignments(generation)}
+    budget = {"keep_tokens": keep_tokens, "keep_ratio": keep_ratio}
+    settings = _settings(config, given, _methods(method, budget, method_settings))
+    options: dict[str, Any] = {**settings.generation, **_generation(generation)}
     options |= {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
     options |= {"seed": seed} if seed is not None else {}
 
@@ -141,43 +150,55 @@ def ask(
     _quiet_transformers(settings.model)
     lmm = load(**settings.load_options())
     images: Any = image or None
-    with _refusals(options):
-        if stream:
-            with lmm.stream(question, images, **options) as pieces:
-                for piece in pieces:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-            sys.stdout.write("\n")
-            answer = cast("Answer", pieces.answer)
-        else:
-            answer = lmm.ask(question, images, **options)
-    if plot is not None:
-        _draw(answer, image or [], plot, lmm.image_fit)
+    if stream:
+        with lmm.stream(question, images, **options) as pieces:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        answer = cast("Answer", pieces.answer)
+    else:
+        answer = lmm.ask(question, images, **options)
+    # The answer before the drawing, which may fail.
     if as_json:
         _print_json(answer.to_dict())
-        return
-    if not stream:
+    elif not stream:
         sys.stdout.write(answer.text + "\n")
-    Console(stderr=True).print(_summary(answer), style="dim")
+    sys.stdout.flush()
+    if plot is not None:
+        _draw(answer, image or [], plot, lmm.image_fit)
+    if not as_json:
+        Console(stderr=True).print(_summary(answer), style="dim")
 
 
-@contextmanager
-def _refusals(options: dict[str, Any]) -> Iterator[None]:
-    """What transformers refuses about generation settings is wrong usage, not a failure."""
-    try:
-        yield
-    except MMLMError:
-        raise
-    except (ValueError, TypeError) as error:
-        names = [name for name in options if name not in ("max_new_tokens", "seed")]
-        if not names:
-            raise
-        raise SettingsError(f"generation settings ({', '.join(names)}): {error}") from error
-
-
-def _check_png(option: str, path: Path) -> None:
-    if path.suffix.lower() != ".png":
+def _checked_png(option: str, path: Path) -> Path:
+    """The path with its "~" filled in; refused now rather than after the work."""
+    target = Path(os.path.expanduser(path))
+    if target.suffix.lower() != ".png":
         raise SettingsError(f"{option} {path}: must end in '.png'.")
+    if os.path.isdir(target):
+        raise SettingsError(f"{option} {path}: is a folder. Give the path of a PNG file.")
+    _check_folder(f"{option} {path}", target.parent)
+    return target
+
+
+def _check_folder(where: str, folder: Path) -> None:
+    """Refuse a folder where no file can be written; one that is missing will be made."""
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MMLMError(
+            f"{where}: cannot be written, {folder} takes no new files ({_reason(error)}). "
+            "Give another path."
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, without the name of a file that the user did not choose."""
+    return error.strerror or str(error)
 
 
 def _settings(name: str | None, given: dict[str, Any], methods: list[Any] | None) -> Config:
@@ -193,38 +214,58 @@ def _settings(name: str | None, given: dict[str, Any], methods: list[Any] | None
 
 
 def _methods(
-    names: list[str] | None, keep_tokens: int | None, keep_ratio: float | None
+    names: list[str] | None, budget: dict[str, Any], pairs: list[str] | None
 ) -> list[Any] | None:
-    budget = {
-        name: value
-        for name, value in (("keep_tokens", keep_tokens), ("keep_ratio", keep_ratio))
-        if value is not None
-    }
-    if not budget:
-        return None if names is None else list(names)
-    if names is None or len(names) != 1 or ":" in names[0]:
+    """What --method says, with the settings that other options add to it."""
+    from mmlm_efficient.pruning.registry import method_class
+    from mmlm_efficient.settings import parse_method
+
+    budget = {name: value for name, value in budget.items() if value is not None}
+    added = _assignments("--method-set", pairs, "position_ids=original")
+    if not budget and not added:
+        return names
+    if budget and (names is None or len(names) != 1 or ":" in names[0]):
         raise SettingsError(
             f"--{next(iter(budget)).replace('_', '-')}: belongs to one --method without a budget "
             "of its own, such as --method flowcut --keep-tokens 36."
         )
-    return [{"name": names[0], **budget}]
+    if names is None or len(names) != 1:
+        raise SettingsError(
+            "--method-set: belongs to one --method, such as --method flowcut:36 "
+            "--method-set position_ids=original."
+        )
+    name, colon, _ = names[0].partition(":")
+    if colon:
+        method = parse_method(names[0])
+        budget = {field: getattr(method, field) for field in method.model_fields_set}
+    for field in budget.keys() & added.keys():
+        raise SettingsError(f"--method-set {field}: is given twice. Leave one of them out.")
+    return [method_class(name.strip())(**budget, **added)]
 
 
-def _assignments(pairs: list[str] | None) -> dict[str, Any]:
-    import yaml
-
+def _generation(pairs: list[str] | None) -> dict[str, Any]:
     from mmlm_efficient.settings import Config
+
+    values = _assignments("--set", pairs, "do_sample=true")
+    return Config.read({"generation": values}, "--set").generation
+
+
+def _assignments(option: str, pairs: list[str] | None, example: str) -> dict[str, Any]:
+    """NAME=VALUE of a repeatable option; the values are read as YAML."""
+    import yaml
 
     values = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise SettingsError(f"--set {pair}: write NAME=VALUE, such as do_sample=true.")
+            raise SettingsError(f"{option} {pair}: write NAME=VALUE, such as {example}.")
         try:
             values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--set {pair}: the value is not valid YAML: {error}") from error
-    return Config.read({"generation": values}, "--set").generation
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the 32nd of a month
+            raise SettingsError(
+                f"{option} {pair:.80}: the value is not valid YAML: {error}"
+            ) from error
+    return values
 
 
 def _summary(answer: Answer) -> str:
@@ -269,11 +310,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """One scene, four questions: the answers with and without pruning, and what they cost."""
-    _check_png("--output", output)
+    output = _checked_png("--output", output)
     require_extra("matplotlib", "plots")
     from tqdm import tqdm
 
-    from mmlm_efficient.demo import run_demo
+    from mmlm_efficient.demo import run_demo, show_demo
     from mmlm_efficient.loading import load
 
     _quiet_transformers(model)
@@ -281,58 +322,14 @@ def demo(
     result = run_demo(
         lmm, scene, lambda methods: tqdm(methods, unit="method", leave=False, file=sys.stderr)
     )
-    files = [str(path) for path in result.draw(output)]
-    if as_json:
-        _print_json({**result.to_dict(), "files": files})
-    else:
-        _show_demo(result, files)
-
-
-def _show_demo(result: Demo, files: list[str]) -> None:
-    console = _console()
-    total = result.rows[0].kept
-    console.print(
-        f"Scene {result.scene.index} (held out, {len(result.scene.objects)} objects, "
-        f"{total} visual tokens). Questions and right answers:"
-    )
-    for number, one in enumerate(result.questions, 1):
-        console.print(f"  {number}. {one.text}  ->  {one.answer}", markup=False, highlight=False)
-    table = Table()
-    table.add_column("method")
-    table.add_column("tokens kept", justify="right")
-    table.add_column("KV bytes", justify="right")
-    table.add_column("tower ms", justify="right")
-    table.add_column("prefill ms", justify="right")
-    for number in range(len(result.questions)):
-        table.add_column(f"answer {number + 1}")
-    for row in result.rows:
-        name = "unpruned" if row.method == "none" else row.method.split(":")[0]
-        cells = [
-            Text(_short(answer.text), style="green" if right else "red strike")
-            if console.is_terminal
-            else Text(("" if right else "x ") + _short(answer.text))
-            for answer, right in zip(row.answers, row.right, strict=True)
-        ]
-        table.add_row(
-            name,
-            f"{row.kept} ({row.kept / total:.1%})",
-            f"{row.kv_bytes:,}",
-            f"{row.tower_ms:.1f}",
-            f"{row.prefill_ms:.1f}",
-            *cells,
-            end_section=row.method in ("none", "flowcut:0.125"),
-        )
-    console.print(table)
-    console.print(
-        "Wrong answers are struck out." if console.is_terminal else "x: a wrong answer.",
-        "Times are medians over the questions; FlowCut prunes inside the tower.",
-    )
-    for path in files:
-        console.print(f"Drew {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    files: list[str] = []
+    try:
+        files = [str(path) for path in result.draw(output)]
+    finally:  # what was measured is shown even if it cannot be drawn
+        if as_json:
+            _print_json({**result.to_dict(), "files": files})
+        else:
+            show_demo(result, files, _console())
 
 
 # models, methods
@@ -406,7 +403,7 @@ def train_pocket(
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoints, logs and the finished weights.")
     ] = Path("runs/pocket"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data, 0 to 2**32 - 1.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     scale: Annotated[float, typer.Option(help="Share of the steps; below 1 for a trial.")] = 1.0,
     evaluate: Annotated[
@@ -414,13 +411,22 @@ def train_pocket(
     ] = False,
 ) -> None:
     """Train the embedded model again; a killed run goes on where it was."""
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f"--seed {seed}: must be from 0 to 2**32 - 1.")
+    where, out = f"--out {out}", Path(os.path.expanduser(out))
+    _check_folder(where, out)
     if evaluate:
         _check_benchmark("pocket_accuracy", "--evaluate")  # now, not after hours
 
     from mmlm_efficient.pocket import train
 
     logging.getLogger("mmlm_efficient").setLevel(logging.INFO)
-    folder = train.train_pocket(out, seed=seed, threads=threads, scale=scale)
+    try:
+        folder = train.train_pocket(out, seed=seed, threads=threads, scale=scale)
+    except MMLMError:
+        raise
+    except OSError as error:  # such as a disk that is full after an hour
+        raise MMLMError(f"{where}: {error}. The same command goes on from there.") from error
     sys.stdout.write(f"{folder}\n")
     if evaluate:
         result = str(out / "accuracy.json")

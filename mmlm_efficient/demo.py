@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from mmlm_efficient.answers import Answer
 from mmlm_efficient.model import EfficientLMM
@@ -147,3 +150,56 @@ def run_demo(
         )
         rows.append(Row(method, answers, right))
     return Demo(picture, tuple(asked), tuple(rows), lmm.image_fit)
+
+
+def show_demo(result: Demo, files: Sequence[str], console: Console) -> None:
+    """Print the questions and a table of answers and costs.
+
+    Args:
+        result: what `run_demo` returned.
+        files: the pictures that were drawn.
+        console: where to print.
+    """
+    total = result.rows[0].kept
+    console.print(
+        f"Scene {result.scene.index} (held out, {len(result.scene.objects)} objects, "
+        f"{total} visual tokens). Questions and right answers:"
+    )
+    for number, one in enumerate(result.questions, 1):
+        console.print(f"  {number}. {one.text}  ->  {one.answer}", markup=False, highlight=False)
+    table = Table()
+    table.add_column("method")
+    table.add_column("tokens kept", justify="right")
+    table.add_column("KV bytes", justify="right")
+    table.add_column("tower ms", justify="right")
+    table.add_column("prefill ms", justify="right")
+    for number in range(len(result.questions)):
+        table.add_column(f"answer {number + 1}")
+    for row in result.rows:
+        name = "unpruned" if row.method == "none" else row.method.split(":")[0]
+        cells = [
+            Text(_short(answer.text), style="green" if right else "red strike")
+            if console.is_terminal
+            else Text(("" if right else "x ") + _short(answer.text))
+            for answer, right in zip(row.answers, row.right, strict=True)
+        ]
+        table.add_row(
+            name,
+            f"{row.kept} ({row.kept / total:.1%})",
+            f"{row.kv_bytes:,}",
+            f"{row.tower_ms:.1f}",
+            f"{row.prefill_ms:.1f}",
+            *cells,
+            end_section=row.method in ("none", "flowcut:0.125"),
+        )
+    console.print(table)
+    console.print(
+        "Wrong answers are struck out." if console.is_terminal else "x: a wrong answer.",
+        "Times are medians over the questions; FlowCut prunes inside the tower.",
+    )
+    for path in files:
+        console.print(f"Drew {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -193,7 +193,7 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         raise ModelLoadError(
             "source: is empty. Give 'pocket', the path of a model folder, or a hub id (OWNER/NAME)."
         )
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for "~nobody"
     if path.is_dir():
         missing = missing_files(path)
         if missing:

@@ -27,6 +27,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDA
 # Named, so that formats with an outside interpreter behind them (EPS) are never opened.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
+_HEADER_BYTES = 1024
+# A number of a PPM's header, after comments.
+_PPM_NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,9})\s"
+
 # What Pillow's decoders raise on broken data.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
@@ -108,7 +112,10 @@ def load_images(
     return pictures
 
 
-def _from_path(path: str, limits: ImageLimits) -> Image.Image:
+def _from_path(given: str, limits: ImageLimits) -> Image.Image:
+    if not given.strip():
+        raise MediaError("image: the path is empty. Give the path of one picture file.")
+    path = os.path.expanduser(given)
     if re.match(r"(?i)(https?|ftp|data|file):", path):
         raise MediaError(
             f"{path[:80]}: addresses are not fetched. Download the picture and give its path."
@@ -149,6 +156,11 @@ def _decode(file: BinaryIO, where: str, n_bytes: int, limits: ImageLimits) -> Im
     try:
         picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
+        # Pillow takes a picture without pixels for no picture at all.
+        file.seek(0)
+        width, height = _claimed_size(file.read(_HEADER_BYTES))
+        if width == 0 or height == 0:
+            raise MediaError(_no_pixels(where, width, height)) from error
         raise MediaError(
             f"{where}: is not a picture, or its header is damaged. "
             f"Readable formats: {', '.join(FORMATS)}."
@@ -165,9 +177,37 @@ def _decode(file: BinaryIO, where: str, n_bytes: int, limits: ImageLimits) -> Im
     return _to_rgb(picture, where, limits)
 
 
+def _claimed_size(header: bytes) -> tuple[int, int]:
+    """Width and height in the header of a PNG, GIF, BMP or PPM; (1, 1) where there is none.
+
+    Example:
+        >>> _claimed_size(b"P6 0 5 255 ")
+        (0, 5)
+    """
+    plain = re.match(rb"P[1-6]\s" + _PPM_NUMBER + _PPM_NUMBER, header)
+    if plain is not None:
+        return int(plain[1]), int(plain[2])
+    form, offset = "", 0
+    if header.startswith(b"\x89PNG\r\n\x1a\n") and header[12:16] == b"IHDR":
+        form, offset = ">II", 16
+    elif header.startswith((b"GIF87a", b"GIF89a")):
+        form, offset = "<HH", 6
+    elif header.startswith(b"BM"):
+        # OS/2's header has 12 bytes and shorter numbers; a negative height means top to bottom.
+        form, offset = ("<HH" if header[14:18] == b"\x0c\0\0\0" else "<ii"), 18
+    if not form or len(header) < offset + struct.calcsize(form):
+        return 1, 1
+    width, height = struct.unpack_from(form, header, offset)
+    return abs(width), abs(height)
+
+
+def _no_pixels(where: str, width: int, height: int) -> str:
+    return f"{where}: has no pixels ({width} x {height})."
+
+
 def _check_size(width: int, height: int, where: str, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
-        raise MediaError(f"{where}: has no pixels ({width} x {height}).")
+        raise MediaError(_no_pixels(where, width, height))
     if width * height > limits.max_pixels:
         raise MediaError(
             f"{where}: has {width} x {height} = {width * height:,} pixels; "

@@ -7,7 +7,6 @@ and methods prune (`prepare`), transformers generates, and the new tokens are de
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from mmlm_efficient.answers import Answer, Run, kv_bytes
 from mmlm_efficient.clock import Stopwatch, Watch
 from mmlm_efficient.errors import PromptError, SettingsError
+from mmlm_efficient.generation import Settings, refusals
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
 from mmlm_efficient.prompts import Images, preprocess
 from mmlm_efficient.pruning.base import Method
@@ -144,7 +144,9 @@ class EfficientLMM:
             yield self
 
     def _checked(self, methods: Methods) -> tuple[Method, ...]:
-        """Methods as objects, refused when they clash or do not know the family."""
+        """Methods as objects, refused when they clash or do not know the family, and all of them
+        once the hooks are gone: every request comes by here."""
+        self._parts.check_open()
         if methods is None:
             return self.methods
         chosen = as_methods(methods)
@@ -172,14 +174,17 @@ class EfficientLMM:
             methods: instead of the model's own; () for the stock model.
             max_new_tokens: upper limit of the answer, tokens; the context may end it earlier.
             seed: makes sampling reproducible without touching torch's global random state.
-            generation: passed on to transformers' generate(), such as do_sample or temperature.
-                With a generation_config, max_new_tokens of this call is the one that counts.
+            generation: passed on to transformers' generate(), such as do_sample, temperature or
+                stop_strings. With a generation_config, max_new_tokens of this call is the one
+                that counts.
 
         Raises:
             PromptError: empty question, placeholders that do not match the images, or a prompt
                 longer than the context.
             MediaError: an image that cannot be read.
-            SettingsError: unknown argument or method.
+            SettingsError: unknown argument or method, or a value that generate() refuses.
+            UnsupportedError: a setting that the machine or a method does not support, or `close`
+                was called.
         """
         return self.ask_batch([(question, image)], methods, max_new_tokens, seed, **generation)[0]
 
@@ -239,7 +244,7 @@ class EfficientLMM:
             True
         """
         check_generation_values(generation)
-        if self._setting("num_beams", generation) not in (None, 1):
+        if self._settings(generation).value("num_beams") not in (None, 1):
             raise SettingsError(
                 "num_beams: beams are known only at the end and cannot be streamed. Use ask()."
             )
@@ -260,7 +265,8 @@ class EfficientLMM:
             methods: instead of the model's own; () for the stock model.
             seed: makes sampling reproducible without touching torch's global random state.
             inputs: the processor's output (input_ids [B, S] with one placeholder per unpruned
-                visual token, attention_mask, pixel_values) and any argument of generate().
+                visual token, attention_mask, pixel_values) and any argument of generate(). Stop
+                strings are read by the processor's tokenizer unless tokenizer is given.
 
         Returns:
             What transformers returns: int64 [B, S + new] or, with return_dict_in_generate, an
@@ -268,21 +274,24 @@ class EfficientLMM:
             input_ids, not the shortened ones, so slicing by their length gives the new tokens.
 
         Raises:
-            PromptError: placeholders do not match the images, or the prompt exceeds the context.
-            SettingsError: unknown argument or method.
+            PromptError: placeholders or the attention mask do not match, or the prompt exceeds
+                the context.
+            SettingsError: unknown argument or method, or a value that generate() refuses.
+            UnsupportedError: an input that pruning cannot follow, such as a filled cache, or a
+                setting that the machine or a method does not support.
         """
         names = generation_names()
         generation = {name: value for name, value in inputs.items() if name in names}
         model_inputs = {name: value for name, value in inputs.items() if name not in names}
         check_generation(model_inputs, also=self._forward_arguments())
         own_ids = _input_ids(model_inputs)
-        self._check_max_length(generation, own_ids.shape[1])
+        check_generation_values(generation)
+        settings = self._settings(generation)
+        settings.check_max_length(own_ids.shape[1])
         with torch.no_grad():
             prepared = self._prepare(model_inputs, methods)
             shortened = prepared.layout.mask.shape[1]
-            generation = self._lengths_after(generation, own_ids.shape[1] - shortened)
-            with prepared.active(), seeded(seed, self.model.device):
-                output = self.model.generate(**prepared.model_inputs, **generation)
+            output = self._generate(prepared, settings, seed, own_ids.shape[1] - shortened)
         if isinstance(output, Tensor):
             return _behind(own_ids, output[:, shortened:])
         output.sequences = _behind(own_ids, output.sequences[:, shortened:])
@@ -316,7 +325,8 @@ class EfficientLMM:
         return type(output)(loss=loss, **output)
 
     def close(self) -> None:
-        """Take all hooks off the model: it is stock again. Safe to call twice."""
+        """Take all hooks off the model: it is stock again, and this object refuses further
+        requests. Safe to call twice."""
         self._parts.close()
 
     def __enter__(self) -> EfficientLMM:
@@ -382,20 +392,22 @@ class EfficientLMM:
         """Steps 4 and 5, under the clock."""
         request, prepared, now = ready.request, ready.prepared, ready.request.stopwatch.now
         start = now()
-        model_inputs = prepared.model_inputs
         width = prepared.layout.mask.shape[1]
-        limit = min(request.max_new_tokens, self._room(width, model_inputs))
+        limit = min(request.max_new_tokens, self._room(width, prepared.model_inputs))
         criteria = [*(request.generation.get("stopping_criteria") or []), watch]
-        options = {
-            **self._lengths_after(request.generation, request.inputs["input_ids"].shape[1] - width),
-            "stopping_criteria": criteria,
-            "max_new_tokens": limit,
-            "num_return_sequences": 1,
-            "return_dict_in_generate": True,
-            "streamer": streamer,
-        }
-        with torch.no_grad(), prepared.active(), seeded(request.seed, self.model.device):
-            output = self.model.generate(**model_inputs, **options)
+        settings = self._settings(request.generation)
+        with torch.no_grad():
+            output = self._generate(
+                prepared,
+                settings,
+                request.seed,
+                request.inputs["input_ids"].shape[1] - width,
+                stopping_criteria=criteria,
+                max_new_tokens=limit,
+                num_return_sequences=1,
+                return_dict_in_generate=True,
+                streamer=streamer,
+            )
         end = now()
         first = end if watch.first_token_s is None else watch.first_token_s
         report = prepared.report()
@@ -405,8 +417,8 @@ class EfficientLMM:
             prompt_tokens=prepared.layout.mask.sum(dim=1).tolist(),
             tokens_per_image=[family.tokens_per_image(image.grid) for image in report.images],
             report=report,
-            end_ids=self._token_ids("eos_token_id", request.generation),
-            pad_id=next(iter(self._token_ids("pad_token_id", request.generation)), None),
+            end_ids=settings.token_ids("eos_token_id"),
+            pad_id=next(iter(settings.token_ids("pad_token_id")), None),
             limit=limit,
             cancelled=watch.cancelled,
             cache_bytes=kv_bytes(output.get("past_key_values")) // len(new_ids),
@@ -417,6 +429,20 @@ class EfficientLMM:
         tokenizer = self.processor.tokenizer
         return [run.answer(sample, ids, tokenizer) for sample, ids in enumerate(new_ids)]
 
+    def _generate(
+        self, prepared: Prepared, settings: Settings, seed: int | None, removed: int, **own: Any
+    ) -> Any:
+        """Step 4: transformers' own generate() on a prompt that lost so many tokens."""
+        settings.check_device(self.model.device)
+        if prepared.cuts_layers or (
+            prepared.watches_layers and settings.value("use_cache") is False
+        ):
+            settings.check_one_prompt()
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        arguments = settings.arguments(removed, tokenizer, **own)
+        with prepared.active(), seeded(seed, self.model.device), refusals(settings.given):
+            return self.model.generate(**prepared.model_inputs, **arguments)
+
     def _prepare(self, inputs: Mapping[str, Any], methods: Methods) -> Prepared:
         """Step 3: the tower runs, methods prune, the prompt shrinks to match."""
         device = self.model.device
@@ -426,7 +452,7 @@ class EfficientLMM:
         }
         mask = on_device.get("attention_mask")
         # The padding side is read off the mask: tokenizers may be set to either.
-        right = mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any())
+        right = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, -1:] == 0).any())
         return prepare(
             self._parts,
             on_device,
@@ -440,49 +466,9 @@ class EfficientLMM:
         used = width if positions is None else int(positions.max()) + 1
         return max(1, self._parts.family.max_context - used)
 
-    def _setting(self, name: str, generation: Mapping[str, Any]) -> Any:
-        """A setting in force for one call: its argument, its config's or the model's own."""
-        value = generation.get(name)
-        for config in (generation.get("generation_config"), self.model.generation_config):
-            if value is None and config is not None:
-                value = getattr(config, name, None)
-        return value
-
-    def _check_max_length(self, generation: Mapping[str, Any], length: int) -> None:
-        """Refuse a max_length that the caller's prompt uses up."""
-        longest = self._setting("max_length", generation)
-        if longest is None or self._setting("max_new_tokens", generation) is not None:
-            return
-        if longest <= length:
-            raise PromptError(
-                f"max_length is {longest}, but the prompt alone has {length} tokens. "
-                "Raise it, or use max_new_tokens."
-            )
-
-    def _lengths_after(self, generation: Mapping[str, Any], removed: int) -> dict[str, Any]:
-        """Settings for a prompt that is shorter by the removed tokens: max_length and min_length
-        count the caller's own, wherever they come from. No config is changed, only a copy."""
-        settings = dict(generation)
-        for name in ("max_length", "min_length"):
-            value = self._setting(name, generation)
-            if value is None or removed == 0:
-                continue
-            given = settings.get("generation_config")
-            if generation.get(name) is None and getattr(given, name, None) is not None:
-                settings["generation_config"] = given = copy.deepcopy(given)
-                setattr(given, name, max(0, value - removed))
-            else:
-                settings[name] = max(0, value - removed)
-        return settings
-
-    def _token_ids(self, name: str, generation: Mapping[str, Any]) -> list[int]:
-        """Special token ids in force for one call: its argument, its config, or the model's."""
-        value = self._setting(name, generation)
-        if value is None:
-            return []
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        return [value] if isinstance(value, int) else list(value)
+    def _settings(self, generation: Mapping[str, Any]) -> Settings:
+        """Generation settings of one call, with the model's own behind them."""
+        return Settings(generation, self.model.generation_config)
 
     def _forward_arguments(self) -> set[str]:
         """Names of the model's own inputs."""

@@ -401,4 +401,5 @@ def write_png(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
-        raise MediaError(f"{target}: cannot be written ({error}).") from error
+        # The error's own text would name the temporary file.
+        raise MediaError(f"{target}: cannot be written ({error.strerror or error}).") from error

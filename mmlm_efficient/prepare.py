@@ -25,13 +25,14 @@ from torch import Tensor
 
 from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
+from mmlm_efficient.inputs import needs_stock, uncut_layout
 from mmlm_efficient.pruning.base import Method, PruningMethod, TowerJob
 from mmlm_efficient.stations.bridge import (
     IGNORED_LABEL,
     PaddingSide,
     PromptLayout,
     check_labels,
-    find_blocks,
+    check_visible,
     prompt_positions,
     shortened,
 )
@@ -60,6 +61,14 @@ class LMMParts:
         """Remove all hooks: the model is stock again. Safe to call twice."""
         self.tower.close()
         self.layer.close()
+
+    def check_open(self) -> None:
+        """Refuse to work after `close`.
+
+        Raises:
+            UnsupportedError: it was called.
+        """
+        self.layer.check_open()
 
     def __enter__(self) -> LMMParts:
         return self
@@ -155,6 +164,11 @@ class Prepared:
         """Whether tokens are cut inside the language model: logits are then fewer than inputs."""
         return self._request is not None and bool(self._request.cuts)
 
+    @property
+    def watches_layers(self) -> bool:
+        """Whether the decoder-layer station works on this request, with or without cuts."""
+        return self._request is not None
+
     def labels_left(self, labels: Tensor) -> Tensor:
         """Labels of the tokens whose logits the last forward returned.
 
@@ -228,6 +242,8 @@ def prepare(
 ) -> Prepared:
     """Run the tower and build the model inputs of one request.
 
+    Inputs that only the stock model can run (a filled cache, features instead of pixels, another
+    feature layer, a mask of another form) go to it as they are where there is nothing to prune.
     Call it under ``torch.no_grad()`` (or ``inference_mode``) unless you train.
 
     Args:
@@ -240,19 +256,21 @@ def prepare(
 
     Raises:
         SettingsError: the methods clash or do not fit the model or the number of images.
-        UnsupportedError: a method does not support the model family.
-        PromptError: placeholders do not match the images, or the prompt exceeds the context.
+        UnsupportedError: a method does not support the model family or one of the inputs, or the
+            hooks were removed.
+        PromptError: placeholders do not match the images, the attention mask does not match the
+            prompt, or the prompt exceeds the context.
     """
+    lmm_parts.check_open()
     family = lmm_parts.family
     check_methods(methods)
     check_family(methods, family)
     if padding_side not in ("left", "right"):
         raise SettingsError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    if "attention_mask" not in inputs:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    pixel_values = inputs.pop("pixel_values", None)
-    layout = _uncut_layout(family, inputs, pixel_values, padding_side)
+    stock = needs_stock(family, inputs, methods)
+    pixel_values = None if stock else inputs.pop("pixel_values", None)
+    layout = uncut_layout(family, inputs, pixel_values, padding_side)
     prepared = Prepared(lmm_parts, tuple(methods), (), layout, dict(inputs))
     if pixel_values is not None:
         _encode(prepared, pixel_values)
@@ -261,23 +279,6 @@ def prepare(
         _plan_layers(prepared)
     _check_context(prepared)
     return prepared
-
-
-def _uncut_layout(
-    family: Family, inputs: Mapping[str, Any], pixel_values: Tensor | None, side: PaddingSide
-) -> PromptLayout:
-    """Find and check the image blocks."""
-    if pixel_values is None:
-        n_images, per_image = 0, 1
-    else:
-        if pixel_values.ndim != 4:
-            raise PromptError(
-                "pixel_values must have shape [n_images, 3, height, width], got "
-                f"{list(pixel_values.shape)}"
-            )
-        n_images, per_image = len(pixel_values), family.tokens_per_image(family.grid(pixel_values))
-    blocks = find_blocks(inputs["input_ids"], family.placeholder_id, per_image, n_images)
-    return PromptLayout.of(inputs["attention_mask"], blocks, side)
 
 
 def _owner(prepared: Prepared, station: str) -> PruningMethod | None:
@@ -393,6 +394,7 @@ def _shorten(prepared: Prepared) -> None:
     }
     if not keep:
         return
+    check_visible(prepared.layout)
     prepared.layout, source = prepared.layout.cut(keep)
     config = prepared.parts.model.config
     pad = getattr(config, "pad_token_id", None)
@@ -427,7 +429,12 @@ def _plan_layers(prepared: Prepared) -> None:
             if any(len(tokens) > cut.targets[tokens.image] for tokens in prepared.tokens)
         ]
     if cuts:
+        check_visible(prepared.layout)
         check_labels(prepared._inputs)
+        # generate() would guess a mask from the ids.
+        prepared._inputs.setdefault(
+            "attention_mask", torch.ones_like(prepared._inputs["input_ids"])
+        )
     original = _keeps_positions(prepared)
     request = LayerRequest(
         prepared.layout,

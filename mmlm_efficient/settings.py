@@ -19,14 +19,16 @@ import functools
 import importlib.resources
 import inspect
 import math
+import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, nearest
 from mmlm_efficient.pruning.base import Method
@@ -36,6 +38,8 @@ MethodLike: TypeAlias = "Method | str | Mapping[str, Any]"
 
 # Arguments of generate() that are objects of a program, not settings of a file.
 _PROGRAM_ARGUMENTS = ("inputs", "kwargs", "self")
+# What generate() takes without having it in its signature.
+_UNSIGNED_ARGUMENTS = ("tokenizer", "assistant_tokenizer")
 
 
 def as_methods(value: MethodLike | Sequence[MethodLike] | None) -> tuple[Method, ...]:
@@ -129,7 +133,7 @@ def generation_names() -> frozenset[str]:
     from transformers import GenerationConfig, GenerationMixin
 
     fields = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
-    fields |= set(inspect.signature(GenerationMixin.generate).parameters)
+    fields |= {*inspect.signature(GenerationMixin.generate).parameters, *_UNSIGNED_ARGUMENTS}
     return frozenset(fields - {"transformers_version", *_PROGRAM_ARGUMENTS})
 
 
@@ -152,6 +156,8 @@ _AT_LEAST = {
     "min_new_tokens": 0,
     "top_k": 0,
     "no_repeat_ngram_size": 0,
+    "prefill_chunk_size": 1,
+    "prompt_lookup_num_tokens": 1,
 }
 # Numbers above 0, up to a limit.
 _ABOVE_ZERO = {
@@ -159,6 +165,58 @@ _ABOVE_ZERO = {
     "repetition_penalty": math.inf,
     "top_p": 1.0,
     "typical_p": 1.0,
+}
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_real(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return _is_number(value, int, float) and least <= value <= most
+
+
+def _is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(fits(one) for one in value)
+
+
+def _is_token_id(value: Any) -> bool:
+    return _is_number(value, int, numbers.Integral)
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) or _is_token_id(value) or _is_list_of(value, _is_token_id)
+
+
+def _are_texts(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return _is_list_of(texts, lambda text: isinstance(text, str) and text != "") and bool(texts)
+
+
+# What else each of these may be, and how to say so.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "use_cache": (lambda value: isinstance(value, bool), "true or false"),
+    "length_penalty": (_is_real, "a number"),
+    "guidance_scale": (_is_real, "a number"),
+    "min_p": (lambda value: _is_real(value, 0, 1), "a number from 0 to 1"),
+    "max_time": (lambda value: _is_real(value, 0), "a number of seconds >= 0"),
+    "eos_token_id": (_are_token_ids, "a token id (a whole number) or a list of them"),
+    "pad_token_id": (_are_token_ids, "a token id (a whole number)"),
+    "bos_token_id": (_are_token_ids, "a token id (a whole number)"),
+    "stop_strings": (_are_texts, "a text or a list of texts, none of them empty"),
+    "logits_processor": (lambda value: _is_list_of(value, callable), "a list of LogitsProcessor"),
+    "stopping_criteria": (lambda value: _is_list_of(value, callable), "a list of StoppingCriteria"),
+    "prefix_allowed_tokens_fn": (callable, "a function"),
+    "custom_generate": (
+        lambda value: callable(value) or isinstance(value, str),
+        "a function, a folder or a hub id",
+    ),
+    "watermarking_config": (
+        lambda value: isinstance(value, Mapping) or hasattr(value, "validate"),
+        "a WatermarkingConfig or its names and values",
+    ),
+    "assistant_model": (lambda value: hasattr(value, "config"), "a model of transformers"),
 }
 
 
@@ -189,18 +247,15 @@ def check_generation_values(given: Mapping[str, Any]) -> None:
         if not _is_number(value, int, float) or not 0 < value <= most or value == math.inf:
             limit = "" if most == math.inf else f" and at most {most:g}"
             raise SettingsError(f"{name} must be a number above 0{limit}, got {value!r}.")
-    for name in ("do_sample", "use_cache"):
-        if not isinstance(given.get(name), bool | None):
-            raise SettingsError(f"{name} must be true or false, got {given[name]!r}.")
+    for name, (fits, allowed) in _FORMS.items():
+        value = given.get(name)
+        if value is not None and not fits(value):
+            raise SettingsError(f"{name} must be {allowed}, got {value!r:.80}.")
     config = given.get("generation_config")
     if not isinstance(config, GenerationConfig | None):
         raise SettingsError(
             f"generation_config: expected a transformers.GenerationConfig, got {config!r:.80}."
         )
-
-
-def _is_number(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _generation(value: Any) -> dict[str, Any]:
@@ -283,7 +338,7 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         'pocket'
     """
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     presets = _presets()
     if not path.is_file():
         if name not in presets:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
-from mmlm_efficient import cli
+from mmlm_efficient import RandomPruning, cli
 from tests.tiny_processor import picture, save_tiny
 
 
@@ -54,6 +55,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUESTION = ("--question", "where cat ?", "--max-new-tokens", 5)
+SET = "--method-set"
 
 
 def test_ask(mmlm: Run, model: Path, image: Path) -> None:
@@ -100,6 +102,99 @@ def test_ask_with_a_config_file(mmlm: Run, model: Path, image: Path, tmp_path: P
     assert answer["usage"]["visual_tokens_kept"]["layer"] == 36
 
 
+def test_ask_sets_any_setting_of_the_method(mmlm: Run, model: Path, image: Path) -> None:
+    common = ("ask", "--model", model, "--image", image, *QUESTION, "--json")
+
+    def run(*arguments: object) -> dict[str, Any]:
+        settings = [part for one in arguments[1:] for part in ("--method-set", one)]
+        result = mmlm(*common, "--method", arguments[0], *settings)
+        assert result.code == 0, result.err
+        return dict(json.loads(result.out))
+
+    both = run("flowcut:9", "llm_prune_layer=1", "llm_keep_tokens=4", "position_ids=original")
+    assert both["usage"]["visual_tokens_kept"] == {"tower": 9, "bridge": 9, "layer": 4}
+    usual, other, same = (run("random", "keep_tokens=9", f"seed={seed}") for seed in (0, 3, 0))
+    assert usual["images"] == same["images"] != other["images"]
+    chosen = run("keep_mask", "mask=[1, 5, 30]")["images"][0]["kept"]
+    assert chosen == [1, 5, 30]
+    added = ("--method", "random", "--keep-tokens", 9, "--method-set", "seed=3")
+    assert json.loads(mmlm(*common, *added).out)["images"] == other["images"]
+
+
+def test_position_ids_reach_the_method() -> None:
+    (method,) = cli._methods(["random:9"], {}, ["position_ids=original", "seed=4"]) or []
+    assert method == RandomPruning(keep_tokens=9, position_ids="original", seed=4)
+
+
+@pytest.mark.parametrize("output", ["--json", "--stream", None])
+def test_ask_answers_though_the_plot_fails(
+    mmlm: Run,
+    model: Path,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str | None,
+) -> None:
+    def full_disk(temporary: str, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", temporary, None, str(target))
+
+    monkeypatch.setattr("mmlm_efficient.plots.os.replace", full_disk)
+    common = ("ask", "--model", model, "--image", image, *QUESTION, *([output] if output else []))
+    plot = tmp_path / "kept.png"
+    result = mmlm(*common, "--plot", plot)
+    assert result.code == 1
+    assert result.out.split("\n")[0] == mmlm(*common).out.split("\n")[0] != ""
+    assert f"{plot}: cannot be written (No space left on device)" in result.err
+    assert ".part" not in result.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "--image", "gone.png", *QUESTION, "--plot"),
+        ("demo", "--output"),
+        ("train", "pocket", "--out"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ("/proc/x.png", "/proc/x.png: cannot be written, /proc takes no new files"),
+        ("/proc/new/x.png", "/proc/new/x.png: cannot be written, /proc takes no new files"),
+        ("{file}/x.png", "x.png: cannot be written, {file} takes no new files (Not a directory)"),
+    ],
+)
+def test_folders_are_checked_before_the_work(
+    mmlm: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    target: str,
+    part: str,
+) -> None:
+    for work in ("loading.load", "pocket.train.train_pocket"):
+        monkeypatch.setattr(f"mmlm_efficient.{work}", None)  # calling it would be a TypeError
+    file = tmp_path / "file"
+    file.touch()
+    result = mmlm(*arguments, target.format(file=file))
+    assert result.code == 1
+    assert f"{arguments[-1]} " in result.err
+    assert part.format(file=file) in result.err
+    assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_tilde_is_the_home_folder(
+    mmlm: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture().save(tmp_path / "scene.png")
+    files = ("--image", "~/scene.png", "--plot", "~/plots/kept.png")
+    assert mmlm("ask", "--model", model, *files, *QUESTION).code == 0
+    assert (tmp_path / "plots" / "kept.png").is_file()
+
+
 def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
     common = ("ask", "--model", model, "--image", image, *QUESTION, "--set", "do_sample=true")
     outs = [mmlm(*common, "--set", "temperature=2.0", "--seed", seed).out for seed in (4, 4, 5, 6)]
@@ -120,12 +215,32 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--method", "random:4", "--method", "uniform:4"), 2, "'random' and 'uniform'"),
         (("--set", "temprature=1"), 2, "'temperature'"),
         (("--set", "nonsense"), 2, "NAME=VALUE"),
+        (("--set", "top_k=2020-13-45"), 2, "--set top_k=2020-13-45: the value is not valid YAML"),
+        (("--set", "top_k=" + "[" * 2000), 2, "the value is not valid YAML"),
+        ((SET, "seed=3"), 2, "--method-set: belongs to one --method"),
+        (
+            ("--method", "random:4", "--method", "flowcut:4", SET, "seed=3"),
+            2,
+            "--method-set: belongs to one --method",
+        ),
+        (("--method", "random:4", SET, "seed"), 2, "--method-set seed: write NAME=VALUE"),
+        (("--method", "random:4", SET, "seed=[3"), 2, "--method-set seed=[3: the value"),
+        (("--method", "random:4", SET, "sed=3"), 2, "did you mean 'seed'"),
+        (("--method", "random:4", SET, "name=uniform"), 2, "unknown setting 'name'"),
+        (("--method", "random:4", SET, "self=1"), 2, "unknown setting 'self'"),
+        (("--method", "random:4", SET, "seed=-1"), 2, "greater than or equal to 0"),
+        (("--method", "random:4", SET, "keep_tokens=3"), 2, "keep_tokens: is given twice"),
+        (("--method", "none", SET, "seed=3"), 2, "takes no settings, got 'seed'"),
+        (("--method", "flowcut:4", SET, "llm_prune_layer=1"), 2, "belong together"),
+        (("--method", "flowcat:4", SET, "relay=cls"), 2, "did you mean 'flowcut'"),
+        (("--seed", "9" * 23), 2, "seed must be a whole number"),
+        (("--seed", -1), 2, "seed must be a whole number"),
         (("--set", "top_k=[1"), 2, "not valid YAML"),
         (("--set", "image=a.png"), 2, "'image' is unknown"),
         (("--set", "methods=none"), 2, "'methods' is unknown"),
         (("--set", "num_beams=0"), 2, "num_beams must be a whole number >= 1"),
         (("--set", "temperature=-1"), 2, "temperature must be a number above 0"),
-        (("--set", "early_stopping=perhaps"), 2, "generation settings (early_stopping)"),
+        (("--set", "early_stopping=perhaps"), 2, "(early_stopping)"),
         (("--dtype", "float8"), 2, "'float8' is unknown"),
         (("--device", "gpu"), 2, "'gpu' is unknown"),
         (("--quantization", "int4"), 2, "'int8', 'nf4'"),
@@ -207,6 +322,17 @@ def test_demo(mmlm: Run, model: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "kept_cuts.png").size[0] > 200
 
 
+def test_demo_shows_its_results_though_the_plot_fails(
+    mmlm: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept_cuts.png").mkdir()
+    monkeypatch.setattr("mmlm_efficient.demo.METHODS", ("none", "flowcut:0.25"))
+    result = mmlm("demo", "--model", model, "--output", tmp_path / "kept.png", "--json")
+    assert result.code == 1
+    assert [row["method"] for row in json.loads(result.out)["rows"]] == ["none", "flowcut:0.25"]
+    assert f"{tmp_path / 'kept_cuts.png'}: cannot be written" in result.err
+
+
 @pytest.mark.slow
 def test_demo_json(mmlm: Run, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "kept.png"
@@ -230,6 +356,30 @@ def test_train_passes_its_options_on(
     result = mmlm("train", "pocket", "--out", tmp_path, "--seed", 3, "--threads", 1)
     assert result.out == f"{tmp_path / 'weights'}\n"
     assert seen == {"seed": 3, "threads": 1, "scale": 1.0}
+
+
+@pytest.mark.parametrize("seed", ["9" * 23, 2**32, -1])
+def test_train_refuses_a_seed(
+    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: object
+) -> None:
+    monkeypatch.setattr("mmlm_efficient.pocket.train.train_pocket", None)  # never hours of work
+    result = mmlm("train", "pocket", "--out", tmp_path / "run", "--seed", seed)
+    assert result == Result(2, "", f"mmlm: --seed {seed}: must be from 0 to 2**32 - 1.\n")
+
+
+def test_train_says_where_the_disk_was_full(
+    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train = importlib.import_module("mmlm_efficient.pocket.train")
+
+    def full_disk(out: Path, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(out / "words.pt"))
+
+    monkeypatch.setattr(train, "train_pocket", full_disk)
+    result = mmlm("train", "pocket", "--out", tmp_path)
+    assert result.code == 1
+    assert f"--out {tmp_path}: [Errno 28] No space left on device: " in result.err
+    assert result.err.count("\n") == 1
 
 
 def loaded_benchmarks() -> list[str]:

@@ -301,6 +301,11 @@ def test_damaged_tokenizer(folder: Path) -> None:
         load(folder)
 
 
+def test_home_folder_of_nobody() -> None:
+    with refuse(ModelLoadError, "~nobody_of_that_name: is neither 'pocket'"):
+        load("~nobody_of_that_name")
+
+
 # Quantization
 
 
@@ -316,7 +321,8 @@ def test_skipped_modules_have_full_names() -> None:
 def test_quantization_touches_the_language_model_only(
     saved: Path, kind: Any, tolerance: float
 ) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     quantized = bnb.nn.Linear8bitLt if kind == "int8" else bnb.nn.Linear4bit
     full, small = load(saved), load(saved, quantization=kind)
     kinds = {

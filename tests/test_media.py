@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,6 +190,20 @@ def test_missing_file(tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere" / "cat.png", "nowhere does not exist")
 
 
+def test_empty_path() -> None:
+    for path in ("", "  "):
+        refuse(path, "image: the path is empty. Give the path of one picture file.")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    noise().save(tmp_path / "cat.png")
+    for path in ("~/cat.png", Path("~/cat.png")):
+        assert np.array_equal(np.asarray(load_image(path)), np.asarray(noise()))
+    refuse("~/dog.png", f"{tmp_path / 'dog.png'}: no such file")
+    refuse("~nobody_of_that_name/cat.png", "~nobody_of_that_name/cat.png: no such file")
+
+
 def test_folder(tmp_path: Path) -> None:
     refuse(tmp_path, str(tmp_path), "is a folder")
 
@@ -233,10 +248,67 @@ def test_damaged_bytes_never_escape_as_another_error() -> None:
                 assert load_image(data.tobytes()).mode == "RGB"
 
 
-def test_zero_pixels() -> None:
-    refuse(Image.new("RGB", (0, 5)), "no pixels", "0 x 5")
-    refuse(np.zeros((0, 4, 3), np.uint8), "no pixels", "4 x 0")
-    refuse(png_header(0, 10))
+def gif_header(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b";"
+
+
+def bmp_header(width: int, height: int) -> bytes:
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
+
+
+def os2_bmp_header(width: int, height: int) -> bytes:
+    return (
+        b"BM" + struct.pack("<IHHI", 26, 0, 0, 26) + struct.pack("<IHHHH", 12, width, height, 1, 24)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [
+        (Image.new("RGB", (0, 5)), "0 x 5"),
+        (np.zeros((0, 4, 3), np.uint8), "4 x 0"),
+        (png_header(0, 10), "0 x 10"),
+        (png_header(7, 0), "7 x 0"),
+        (gif_header(0, 0), "0 x 0"),
+        (gif_header(300, 0), "300 x 0"),
+        (bmp_header(0, 5), "0 x 5"),
+        (bmp_header(0, -5), "0 x 5"),  # top to bottom
+        (bmp_header(5, 0), "5 x 0"),
+        (os2_bmp_header(0, 5), "0 x 5"),
+        (b"P6 0 0 255 ", "0 x 0"),
+        (b"P5\n# made by hand\n0 7\n255\n", "0 x 7"),
+        (b"P4\n12 0\n", "12 x 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_zero_pixels(tmp_path: Path, source: Any, size: str) -> None:
+    refuse(source, f"has no pixels ({size}).")
+    if isinstance(source, bytes):
+        path = tmp_path / "picture"
+        path.write_bytes(source)
+        refuse(path, f"{path}: has no pixels ({size}).")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_header(0, 10)[:20],
+        gif_header(0, 0)[:9],
+        bmp_header(0, 5)[:24],
+        b"BM" + bytes(8),
+        b"P6 0",
+        b"P6 " + b"0" * 5000,
+        b"P6 " + b"#" * 5000,
+        b"P6 5 5 ",
+        b"P7 0 0 255 ",
+    ],
+)
+def test_other_damaged_headers_are_no_pictures(data: bytes) -> None:
+    refuse(data, "header is damaged")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

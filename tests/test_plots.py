@@ -174,6 +174,9 @@ def test_a_failed_write_leaves_the_old_file(
     monkeypatch.setattr("mmlm_efficient.plots.os.replace", full_disk)
     with pytest.raises(MediaError, match="No space left on device"):
         kept_tokens(picture(), report([4]), path)
+    with pytest.raises(MediaError) as caught:
+        kept_tokens(picture(), report([4]), "/proc/kept.png")
+    assert str(caught.value) == "/proc/kept.png: cannot be written (No such file or directory)."
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["kept.png"]
 

@@ -8,7 +8,7 @@ placeholder stands for them. Nobody outside this package asks which model class 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,6 +116,17 @@ class Family(ABC):
     @abstractmethod
     def keeps_cls(self) -> bool:
         """Whether the tower's CLS token is one of the visual tokens of an image."""
+
+    @property
+    @abstractmethod
+    def config_grid(self) -> tuple[int, int]:
+        """(rows, cols) of patches of an image of the size that the config names."""
+
+    @property
+    @abstractmethod
+    def feature_arguments(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward that change its image features, with the values that
+        they have when they are left out."""
 
     @abstractmethod
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:

@@ -6,7 +6,7 @@ model. One image is one square grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -88,6 +88,25 @@ class Llava(Family):
         """True for a CLIP tower with feature selection "full"."""
         full = self.model.config.vision_feature_select_strategy == "full"
         return bool(self.tower.has_cls and full)
+
+    @property
+    def config_grid(self) -> tuple[int, int]:
+        """``image_size`` over ``patch_size`` of the tower."""
+        size, patch = (
+            getattr(self.model.config.vision_config, name) for name in ("image_size", "patch_size")
+        )
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height) // int(patch), int(width) // int(patch)
+
+    @property
+    def feature_arguments(self) -> Mapping[str, Any]:
+        """The config's layer and feature selection; no image sizes."""
+        config = self.model.config
+        return {
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "image_sizes": None,
+        }
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Patches down and across."""

@@ -46,7 +46,7 @@ class Method(BaseModel):
     stations: ClassVar[tuple[Station, ...]] = ()
     families: ClassVar[tuple[str, ...] | Literal["all"]] = "all"
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, /, **settings: Any) -> None:
         try:
             super().__init__(**{name: _plain(value) for name, value in settings.items()})
         except ValidationError as error:

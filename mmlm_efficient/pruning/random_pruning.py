@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,7 +18,9 @@ from mmlm_efficient.tokens import VisualTokens
 class RandomPruning(PruningMethod):
     """Keep a random set of tokens per image, fixed by the seed and the image's pixels.
 
-    Two images get different sets, one image always the same, whatever else is in the batch.
+    One image always gets the same set, whatever else is in the batch. 8-bit pictures get it in
+    float32, bfloat16 and float16 alike, other pixels in float32 and bfloat16. Different pictures
+    get different sets, unless they differ in nothing but brightness, contrast or tint.
     A larger budget keeps a superset.
     """
 
@@ -27,8 +31,30 @@ class RandomPruning(PruningMethod):
 
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
         """The first tokens of a random order of the image's tokens."""
-        content = pixels.detach().float().cpu().contiguous().numpy().tobytes()
         # One 32-bit number from both: torch's CPU generator ignores higher bits of a seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(content, self.seed))
-        order = torch.randperm(len(tokens), generator=generator)
+        number = zlib.crc32(_levels(pixels).tobytes(), self.seed)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(number))
         return torch.sort(order[:budget]).values
+
+
+def _levels(pixels: Tensor) -> npt.NDArray[np.uint16]:
+    """Pixels as the ranks of their values in their channel: the same in every dtype.
+
+    Values differ between dtypes, their order does not, as long as all keep them apart. bfloat16
+    keeps the levels of 8-bit pictures apart up to 2 (with the usual deviations of 0.22 to 0.5);
+    the few brightest, above 2, count as one.
+
+    Args:
+        pixels: [channels, H, W], normalised.
+
+    Returns:
+        uint16 [channels, H, W], ranks from 1.
+    """
+    rough = pixels.detach().to("cpu", torch.bfloat16).float().nan_to_num().clamp(-2.0, 2.0)
+    places = ((rough.numpy() + 2.0) * 2**14).astype(np.int32)
+    levels = np.empty(places.shape, np.uint16)
+    for channel, place in enumerate(places):
+        present = np.zeros(2**16 + 1, np.uint16)
+        present[place] = 1
+        levels[channel] = present.cumsum(dtype=np.uint16)[place]
+    return levels

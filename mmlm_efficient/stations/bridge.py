@@ -195,6 +195,76 @@ def find_blocks(
     return tuple(samples)
 
 
+def check_images_given(
+    input_ids: Tensor, placeholder_id: int, tokens_per_image: int, cached: int
+) -> None:
+    """Refuse placeholders of prompts without images, unless a cache covers them.
+
+    Args:
+        input_ids: int64 [B, S].
+        placeholder_id: token id of the placeholder.
+        tokens_per_image: placeholders of one image of the model's usual size.
+        cached: leading tokens of every prompt that a cache holds.
+
+    Raises:
+        PromptError: placeholders behind the cached tokens.
+    """
+    count = int((input_ids[:, cached:] == placeholder_id).sum())
+    if count == 0:
+        return
+    if cached:
+        raise PromptError(
+            f"behind the {cached} tokens that past_key_values holds, the prompts hold {count} "
+            f"placeholders of images ({tokens_per_image} each). A cache that was filled with "
+            "pruning is shorter than its prompt and cannot be continued like this: give the "
+            "whole conversation with its pixel_values and no cache."
+        )
+    raise PromptError(
+        f"the prompts hold {count // tokens_per_image} image(s) ({count} placeholders, "
+        f"{tokens_per_image} each), but 0 image(s) were given. Give pixel_values, one image per "
+        "image token, as the processor returns them."
+    )
+
+
+def check_mask(inputs: Mapping[str, Any]) -> None:
+    """Refuse an attention mask that does not say for each token whether it is padding.
+
+    Args:
+        inputs: model inputs; attention_mask, if any, must be [B, S], as input_ids are.
+
+    Raises:
+        PromptError: it has another shape.
+    """
+    mask, want = inputs.get("attention_mask"), list(inputs["input_ids"].shape)
+    if mask is None:
+        return
+    got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if got != want:
+        raise PromptError(
+            f"attention_mask: expected a tensor of shape {want}, that of input_ids, got {got}. "
+            "Where tokens are pruned, their columns are cut from both. Give the mask that the "
+            "processor returns with these input_ids, or none where nothing is padded."
+        )
+
+
+def check_visible(layout: PromptLayout) -> None:
+    """Refuse a mask that hides visual tokens: methods choose among the tokens that are seen.
+
+    Raises:
+        PromptError: padding inside an image block.
+    """
+    for sample, blocks in enumerate(layout.blocks):
+        for block in blocks:
+            hidden = int((~layout.mask[sample, block.start : block.stop]).sum())
+            if hidden:
+                raise PromptError(
+                    f"attention_mask: hides {hidden} of the {len(block)} tokens of image "
+                    f"{block.image} (prompt {sample}, tokens {block.start} to {block.stop - 1}). "
+                    "Where tokens are pruned, only padding in front of or behind a prompt may be "
+                    "0: set the mask to 1 on images, and name unwanted patches with keep_mask."
+                )
+
+
 def prompt_positions(mask: Tensor) -> Tensor:
     """Position ids [B, S] counted over real tokens, as ``generate()`` counts them."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)

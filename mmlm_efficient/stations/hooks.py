@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts, TowerParts
 from mmlm_efficient.stations.active import active_request
 
@@ -51,6 +52,7 @@ class LayerHooks(Generic[Parts]):
     def __init__(self, parts: Parts) -> None:
         self._parts: Parts = parts
         self._handles: list[RemovableHandle] = []
+        self._closed = False
         for layer, module in enumerate(parts.layers):
             for part, projection in enumerate(parts.projections[layer]):
                 self._handles.append(projection.register_forward_hook(self._capture(layer, part)))
@@ -64,8 +66,22 @@ class LayerHooks(Generic[Parts]):
 
     def close(self) -> None:
         """Remove the hooks; the model is stock again."""
+        self._closed = True
         while self._handles:
             self._handles.pop().remove()
+
+    def check_open(self) -> None:
+        """Refuse to work without hooks.
+
+        Raises:
+            UnsupportedError: `close` was called.
+        """
+        if self._closed:
+            raise UnsupportedError(
+                "this EfficientLMM was closed: its hooks are off the model, so that nothing could "
+                "be pruned. Ask inside the 'with' block, make a new one (load, or EfficientLMM on "
+                "the same model), or call the model itself for what the stock model gives."
+            )
 
     def _work(self) -> LayerWork | None:
         return cast("LayerWork | None", active_request(self))

@@ -188,12 +188,18 @@ class LayerRequest:
     def _check_prefill(self, n_new: int, cache: Any) -> None:
         if n_new < 0 or (n_new > 0 and (cache is not None or not self.prefilled)):
             width = self._layouts[0].mask.shape[1]
-            advice = (
-                "in one forward: do not set prefill_chunk_size"
-                if n_new < 0
-                else "alone in its first forward: assisted decoding (assistant_model, "
-                "prompt_lookup_num_tokens) is not supported with it"
-            )
+            if n_new >= 0:
+                advice = (
+                    "alone in its first forward: assisted decoding (assistant_model, "
+                    "prompt_lookup_num_tokens) is not supported with it"
+                )
+            elif self.prefilled:
+                advice = (
+                    "in every forward without a cache: guidance_scale, which runs a second prompt, "
+                    "and prefill_chunk_size are not supported with it"
+                )
+            else:
+                advice = "in one forward: do not set prefill_chunk_size"
             raise UnsupportedError(
                 f"the prefill has {width + n_new} tokens where the prepared prompt has {width}. "
                 f"Pruning in the decoder needs the whole prompt {advice}."
@@ -398,8 +404,11 @@ class LayerStation(LayerHooks[DecoderParts]):
         if request.idle:
             yield
             return
+        self.check_open()
         with activate(self, request):
             yield
+        # Closed meanwhile: what ran without the hooks is no result.
+        self.check_open()
 
     def _check_labels(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse labels that the model would compare with the logits of a cut sequence."""

@@ -215,6 +215,7 @@ class TowerStation(LayerHooks[TowerParts]):
     @contextmanager
     def running(self, tower_pass: TowerPass) -> Iterator[TowerRun]:
         """Run a pass in the forwards of this thread inside the ``with`` block."""
+        self.check_open()
         run = TowerRun(tower_pass, self._parts.has_cls)
         with activate(self, run):
             yield run

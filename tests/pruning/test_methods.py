@@ -21,6 +21,7 @@ from mmlm_efficient.pruning import (
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.pruning.flowcut import calibrate_static_schedule
 from mmlm_efficient.pruning.uniform_pruning import even_grid
+from mmlm_efficient.tokens import VisualTokens
 from tests import tiny
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
@@ -44,6 +45,19 @@ def kept(parts: LMMParts, method: Method, pixels: torch.Tensor | None = None) ->
     return [report.kept.tolist() for report in run(parts, [method], pixels).report().images]
 
 
+# Mean and deviation of the usual image processors.
+NORMALISED: dict[str, tuple[list[float], list[float]]] = {
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+
+
+def chosen_at_random(pixels: torch.Tensor) -> list[int]:
+    tokens = VisualTokens(torch.zeros(N, 4), torch.arange(N), (G, G), image=0)
+    return RandomPruning(keep_tokens=12).select(tokens, 12, pixels).tolist()
+
+
 class TestRandom:
     def test_seed_and_image_fix_the_choice(self, parts: LMMParts) -> None:
         first = kept(parts, RandomPruning(keep_tokens=9, seed=1))
@@ -52,6 +66,37 @@ class TestRandom:
         assert first[0] != first[1]
         swapped = kept(parts, RandomPruning(keep_tokens=9, seed=1), tiny.images(2).flip(0))
         assert swapped == first[::-1]
+
+    @pytest.mark.parametrize("normalised", [*NORMALISED])
+    def test_every_dtype_gives_the_same_choice(self, normalised: str) -> None:
+        """For 8-bit pictures; their levels differ between the dtypes, the order does not."""
+        mean, std = (torch.tensor(one).view(3, 1, 1) for one in NORMALISED[normalised])
+        rng = np.random.default_rng(5)
+        every = np.arange(256).repeat(3).reshape(3, 16, 16)
+        for picture in (rng.integers(0, 256, (3, 64, 64)), rng.integers(90, 99, (3, 9, 9)), every):
+            pixels = ((torch.from_numpy(picture) / 255.0 - mean) / std).float()
+            chosen = [
+                chosen_at_random(pixels.to(dtype))
+                for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            ]
+            assert chosen[0] == chosen[1] == chosen[2]
+
+    def test_any_pixels_agree_in_float32_and_bfloat16(self) -> None:
+        for pixels in tiny.images(20, seed=8):
+            assert chosen_at_random(pixels) == chosen_at_random(pixels.bfloat16())
+        pixels[0, 0, 0] = torch.nan
+        assert len(chosen_at_random(pixels)) == 12
+
+    def test_a_model_in_bfloat16_keeps_the_same(self, parts: LMMParts) -> None:
+        method, pixels = RandomPruning(keep_tokens=9), tiny.images(2)
+        with LMMParts(tiny.tiny_llava(layers=8).bfloat16()) as half:
+            assert kept(half, method, pixels.bfloat16()) == kept(parts, method, pixels)
+
+    def test_similar_pictures_differ(self) -> None:
+        picture = tiny.images(1)[0]
+        other = picture.clone()
+        other[1, 2, 3] += 0.1
+        assert chosen_at_random(picture) != chosen_at_random(other)
 
     def test_a_larger_budget_keeps_a_superset(self, parts: LMMParts) -> None:
         small, large = (kept(parts, RandomPruning(keep_tokens=n)) for n in (5, 20))

@@ -1,0 +1,122 @@
+"""Which model inputs can be pruned, and where the images are in their prompts.
+
+What pruning cannot follow (a filled cache, features instead of pixels, another feature layer, a
+mask of another form) is the stock model's to run where there is nothing to prune, and refused by
+its name where there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmlm_efficient.errors import MMLMError, PromptError, UnsupportedError
+from mmlm_efficient.families import Family
+from mmlm_efficient.pruning.base import Method, PruningMethod
+from mmlm_efficient.stations.bridge import (
+    Block,
+    PaddingSide,
+    PromptLayout,
+    check_images_given,
+    check_mask,
+    find_blocks,
+)
+
+
+def needs_stock(family: Family, inputs: Mapping[str, Any], methods: Sequence[Method]) -> bool:
+    """Whether only the stock model can run the inputs; refused if methods are to prune images.
+
+    Args:
+        family: of the model.
+        inputs: model inputs, none of them None.
+        methods: of the request.
+
+    Raises:
+        UnsupportedError, PromptError: naming the input, why, and what to do.
+    """
+    shows_images = (
+        "pixel_values" in inputs
+        or "mm_encoder_outputs" in inputs
+        or bool((inputs["input_ids"] == family.placeholder_id).any())
+    )
+    try:
+        _check_prunable(family, inputs)
+    except MMLMError:
+        if shows_images and any(isinstance(method, PruningMethod) for method in methods):
+            raise
+        return True
+    return False
+
+
+def _check_prunable(family: Family, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that pruning cannot follow, each by its name."""
+    stock = "or give methods=() to run the model unpruned"
+    if cached := _cached(inputs):
+        raise UnsupportedError(
+            f"past_key_values: holds {cached} tokens already. Images in it cannot be pruned any "
+            "more, and new ones only in a prompt that starts with an empty cache: leave it out "
+            f"and give the whole conversation with its pixel_values, {stock}."
+        )
+    for name in ("mm_encoder_outputs", "inputs_embeds"):
+        if name in inputs:
+            raise UnsupportedError(
+                f"{name}: holds what the vision tower made of the images, but pruning runs the "
+                f"tower itself. Give pixel_values and input_ids instead, {stock}."
+            )
+    for name, value in family.feature_arguments.items():
+        if name in inputs and inputs[name] != value:
+            raise UnsupportedError(
+                f"{name}: pruned images have the features that the model's config names "
+                f"({name}={value!r}), and this call asks for others. Leave it out, set it in the "
+                f"config before the EfficientLMM is made, {stock}."
+            )
+    check_mask(inputs)
+
+
+def _cached(inputs: Mapping[str, Any]) -> int:
+    """Tokens that the caller's cache holds."""
+    cache = inputs.get("past_key_values")
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise PromptError(
+            f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}. Give "
+            "the object that an earlier call returned, or leave it out."
+        )
+    return int(cache.get_seq_length())
+
+
+def uncut_layout(
+    family: Family, inputs: Mapping[str, Any], pixel_values: Tensor | None, side: PaddingSide
+) -> PromptLayout:
+    """Find and check the image blocks; there are none where the stock model runs the images.
+
+    Args:
+        family: of the model.
+        inputs: model inputs, none of them None.
+        pixel_values: [n_images, 3, H, W], or None if there are no images to run before the model.
+        side: side on which shortened prompts are padded.
+
+    Raises:
+        PromptError: placeholders and images do not match.
+    """
+    ids, placeholder = inputs["input_ids"], family.placeholder_id
+    blocks: tuple[tuple[Block, ...], ...] = ((),) * len(ids)
+    if pixel_values is not None:
+        if pixel_values.ndim != 4:
+            raise PromptError(
+                "pixel_values must have shape [n_images, 3, height, width], got "
+                f"{list(pixel_values.shape)}"
+            )
+        per_image = family.tokens_per_image(family.grid(pixel_values))
+        blocks = find_blocks(ids, placeholder, per_image, len(pixel_values))
+    elif not {"pixel_values", "mm_encoder_outputs", "inputs_embeds"} & set(inputs):
+        usual = family.tokens_per_image(family.config_grid)
+        check_images_given(ids, placeholder, usual, _cached(inputs))
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        mask = torch.ones_like(ids)
+    return PromptLayout.of(mask, blocks, side)
