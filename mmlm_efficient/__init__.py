@@ -3,7 +3,7 @@
 >>> from mmlm_efficient import FlowCut, load
 >>> from mmlm_efficient.pocket import scene
 >>> lmm = load("pocket", methods=[FlowCut(keep_tokens=36)])
->>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+>>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 56).image)
 >>> answer.usage.visual_tokens_kept["bridge"]
 36
 """

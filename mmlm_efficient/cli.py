@@ -302,7 +302,7 @@ def _quiet_transformers(model: str) -> None:
 
 @app.command(epilog="Example: mmlm demo --scene 26 --output kept.png")
 def demo(
-    scene: Annotated[int, typer.Option(min=0, help="Number of the held-out scene.")] = 47,
+    scene: Annotated[int, typer.Option(min=0, help="Number of the held-out scene.")] = 56,
     output: Annotated[Path, typer.Option(help="PNG file of the kept patches.")] = Path(
         "outputs/demo_kept_tokens.png"
     ),

@@ -80,7 +80,7 @@ def load(
     Example:
         >>> from mmlm_efficient.pocket import scene
         >>> lmm = load("pocket")
-        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 56).image)
         >>> answer.usage.visual_tokens_in
         144
     """

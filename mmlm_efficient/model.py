@@ -88,7 +88,7 @@ class EfficientLMM:
         >>> folder = find_folder("pocket")  # any folder or hub id of a supported family
         >>> model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
         >>> lmm = EfficientLMM(model, AutoProcessor.from_pretrained(folder), "flowcut:36")
-        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+        >>> answer = lmm.ask("What is in the picture?", image=scene("heldout", 56).image)
         >>> answer.usage.visual_tokens_in, answer.usage.visual_tokens_kept["bridge"]
         (144, 36)
     """
@@ -136,7 +136,7 @@ class EfficientLMM:
             >>> from mmlm_efficient.pocket import scene
             >>> lmm = load("pocket")
             >>> with lmm.using(FlowCut(keep_tokens=18)):
-            ...     answer = lmm.ask("What is in the picture?", image=scene("heldout", 47).image)
+            ...     answer = lmm.ask("What is in the picture?", image=scene("heldout", 56).image)
             >>> answer.report.methods, lmm.methods
             (('flowcut',), ())
         """
@@ -238,7 +238,7 @@ class EfficientLMM:
             >>> from mmlm_efficient import load
             >>> from mmlm_efficient.pocket import scene
             >>> lmm = load("pocket")
-            >>> stream = lmm.stream("What is in the picture?", image=scene("heldout", 47).image)
+            >>> stream = lmm.stream("What is in the picture?", image=scene("heldout", 56).image)
             >>> pieces = [piece for piece in stream]  # or print(piece, end="", flush=True)
             >>> "".join(pieces) == stream.answer.text
             True

@@ -93,7 +93,7 @@ def kept_tokens(
     Example:
         >>> from mmlm_efficient import load
         >>> from mmlm_efficient.pocket import scene
-        >>> picture = scene("heldout", 47).image
+        >>> picture = scene("heldout", 56).image
         >>> answer = load("pocket", "flowcut:36").ask("What is in the picture?", image=picture)
         >>> kept_tokens(picture, answer.report.images[0]).size  # with path="kept.png" also a file
         (304, 320)
@@ -126,7 +126,7 @@ def kept_tokens_panel(
     Example:
         >>> from mmlm_efficient import load
         >>> from mmlm_efficient.pocket import scene
-        >>> lmm, picture = load("pocket"), scene("heldout", 47).image
+        >>> lmm, picture = load("pocket"), scene("heldout", 56).image
         >>> panels = []
         >>> for method in ("flowcut:36", "random:36"):
         ...     answer = lmm.ask("What is in the picture?", image=picture, methods=method)

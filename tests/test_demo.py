@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_table() -> None:
-    result = run_demo(load("pocket"), 47, list)
+    result = run_demo(load("pocket"), 56, list)
     assert [row.kept for row in result.rows] == [144, 72, 36, 18, 72, 36, 18]
     console = Console(file=io.StringIO(), width=200)
     show_demo(result, ["kept.png"], console)

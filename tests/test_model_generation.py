@@ -38,7 +38,7 @@ def pocket() -> Iterator[EfficientLMM]:
 
 @pytest.mark.parametrize("methods", [(), "flowcut:36"])
 def test_stop_strings(pocket: EfficientLMM, methods: Any) -> None:
-    request: tuple[str, Any] = ("What is in the picture?", scene("heldout", 47).image)
+    request: tuple[str, Any] = ("What is in the picture?", scene("heldout", 56).image)
     whole = pocket.ask(*request, methods=methods).text
     word = whole.split()[1]
     assert len(whole.split()) > 3
@@ -54,7 +54,7 @@ def test_stop_strings(pocket: EfficientLMM, methods: Any) -> None:
 
 
 def test_stop_strings_of_generate_are_those_of_transformers(pocket: EfficientLMM) -> None:
-    image = scene("heldout", 47).image
+    image = scene("heldout", 56).image
     inputs = inputs_of(pocket, ("What is in the picture?", image))
     tokenizer = pocket.processor.tokenizer
     options: dict[str, Any] = {"stop_strings": ["st"], "max_new_tokens": 30}
