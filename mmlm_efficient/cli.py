@@ -407,7 +407,7 @@ def train_pocket(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     scale: Annotated[float, typer.Option(help="Share of the steps; below 1 for a trial.")] = 1.0,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Then measure its accuracy on held-out scenes.")
+        bool, typer.Option("--evaluate", help="Then measure its accuracy and write its model card.")
     ] = False,
 ) -> None:
     """Train the embedded model again; a killed run goes on where it was."""
@@ -416,7 +416,8 @@ def train_pocket(
     where, out = f"--out {out}", Path(os.path.expanduser(out))
     _check_folder(where, out)
     if evaluate:
-        _check_benchmark("pocket_accuracy", "--evaluate")  # now, not after hours
+        for name in ("pocket_accuracy", "pocket_card"):  # now, not after hours
+            _check_benchmark(name, "--evaluate")
 
     from mmlm_efficient.pocket import train
 
@@ -429,9 +430,13 @@ def train_pocket(
         raise MMLMError(f"{where}: {error}. The same command goes on from there.") from error
     sys.stdout.write(f"{folder}\n")
     if evaluate:
-        result = str(out / "accuracy.json")
-        arguments = ["--model", str(folder), "--methods", "none", "--out", result]
-        _run_benchmark("pocket_accuracy", [*arguments, "--threads", str(threads)])
+        result, shared = str(out / "accuracy.json"), ["--model", str(folder)]
+        arguments = [*shared, "--methods", "none", "--out", result, "--threads", str(threads)]
+        code = _run_benchmark("pocket_accuracy", arguments)
+        if code == 0:
+            arguments = [*shared, "--pictures", result, "--out", str(out / "videos.json")]
+            code = _run_benchmark("pocket_card", arguments)
+        raise typer.Exit(code)
 
 
 # Not interspersed: what follows the name, --help too, is the benchmark's own.
@@ -448,7 +453,7 @@ def bench(
 ) -> None:
     """Run a benchmark of the checkout; what follows its name is passed on to it."""
     _check_benchmark(name, "bench")
-    _run_benchmark(name, context.args)
+    raise typer.Exit(_run_benchmark(name, context.args))
 
 
 def _check_benchmark(name: str, where: str) -> None:
@@ -470,8 +475,9 @@ def _check_benchmark(name: str, where: str) -> None:
         raise SettingsError(f"{where}: {name!r} is unknown; there are {', '.join(known)}.{hint}")
 
 
-def _run_benchmark(name: str, arguments: list[str]) -> NoReturn:
+def _run_benchmark(name: str, arguments: list[str]) -> int:
+    """Exit status of a benchmark."""
     root = str(Path(__file__).resolve().parents[1])
     if root not in sys.path:
         sys.path.insert(0, root)
-    raise typer.Exit(importlib.import_module(f"benchmarks.{name}").main(arguments) or 0)
+    return int(importlib.import_module(f"benchmarks.{name}").main(arguments) or 0)

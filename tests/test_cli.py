@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -428,10 +430,17 @@ def test_train_evaluates(
     assert refused.code == 2
     assert "--evaluate: 'pocket_accuracy' is unknown" in refused.err
     folder = tmp_path / "benchmarks"
-    (folder / "toy.py").rename(folder / "pocket_accuracy.py")
+    (folder / "pocket_accuracy.py").write_text((folder / "toy.py").read_text())
+    (folder / "toy.py").rename(folder / "pocket_card.py")
     result = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
     assert result.code == 0
-    assert f"--model {tmp_path / 'weights'} --methods none" in result.out
+    model = f"--model {tmp_path / 'weights'}"
+    assert f"{model} --methods none --out {tmp_path / 'accuracy.json'}" in result.out
+    assert f"{model} --pictures {tmp_path / 'accuracy.json'}" in result.out
+
+
+def _with_two(main: Callable[[list[str]], int], size: str, argv: list[str]) -> int:
+    return main([*argv, size, "2"])
 
 
 def test_train_evaluates_with_the_real_benchmark(
@@ -439,14 +448,20 @@ def test_train_evaluates_with_the_real_benchmark(
 ) -> None:
     """The shipped weights stand in for trained ones; two scenes, all else as the command asks."""
     train = importlib.import_module("mmlm_efficient.pocket.train")
-    benchmark = importlib.import_module("benchmarks.pocket_accuracy")
-    real = benchmark.main
-    monkeypatch.setattr(train, "train_pocket", lambda out, **_: train.WEIGHTS)
-    monkeypatch.setattr(benchmark, "main", lambda argv: real([*argv, "--scenes", "2"]))
+    folder = tmp_path / "weights"
+    shutil.copytree(train.WEIGHTS, folder)
+    (folder / "README.md").unlink()
+    monkeypatch.setattr(train, "train_pocket", lambda out, **_: folder)
+    for name, size in (("pocket_accuracy", "--scenes"), ("pocket_card", "--videos")):
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        shorter = partial(_with_two, benchmark.main, size)
+        monkeypatch.setattr(benchmark, "main", shorter)
     result = mmlm("train", "pocket", "--out", tmp_path, "--threads", 1, "--evaluate")
     assert result.code == 0
-    assert f"{train.WEIGHTS} on 2 held-out scenes" in result.out
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.json", "accuracy.png"]
+    assert f"{folder} on 2 held-out scenes" in result.out
+    written = sorted(file.name for file in tmp_path.iterdir())
+    assert written == ["accuracy.json", "accuracy.png", "videos.json", "weights"]
+    assert "| all pictures |" in (folder / "README.md").read_text()
     measured = json.loads((tmp_path / "accuracy.json").read_text())
     assert (measured["scenes"], measured["threads"]) == (2, 1)
     (row,) = measured["rows"]
