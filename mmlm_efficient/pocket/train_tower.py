@@ -182,23 +182,11 @@ def train(
     def probe() -> dict[str, float]:
         return accuracy(tower, heads)
 
-    run_stage(
-        "tower_cutouts",
-        modules,
-        Schedule(cutout_steps, 1.5e-3),
-        step_of(False, 64),
-        out,
-        seed=seed,
-        probe=probe,
+    stages = (
+        ("tower_cutouts", Schedule(cutout_steps, 1.5e-3), step_of(False, 64)),
+        ("tower_whole", Schedule(whole_steps, 7e-4), step_of(True, 24)),
     )
-    run_stage(
-        "tower_whole",
-        modules,
-        Schedule(whole_steps, 7e-4),
-        step_of(True, 24),
-        out,
-        seed=seed,
-        probe=probe,
-    )
+    for name, schedule, step in stages:
+        run_stage(name, modules, schedule, step, out, seed=seed, probe=probe)
     tower.eval()
     return tower
