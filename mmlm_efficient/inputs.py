@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmlm_efficient.errors import MMLMError, PromptError, UnsupportedError
 from mmlm_efficient.families import Family
+from mmlm_efficient.families.base import Visual
 from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.stations.bridge import (
     Block,
@@ -37,10 +38,9 @@ def needs_stock(family: Family, inputs: Mapping[str, Any], methods: Sequence[Met
     Raises:
         UnsupportedError, PromptError: naming the input, why, and what to do.
     """
-    shows_images = (
-        "pixel_values" in inputs
-        or "mm_encoder_outputs" in inputs
-        or bool((inputs["input_ids"] == family.placeholder_id).any())
+    ids = inputs["input_ids"]
+    shows_images = any(name in inputs for name in (*family.consumed, "mm_encoder_outputs")) or any(
+        bool((ids == one).any()) for one in family.placeholders.values()
     )
     try:
         _check_prunable(family, inputs)
@@ -90,32 +90,31 @@ def _cached(inputs: Mapping[str, Any]) -> int:
 
 
 def uncut_layout(
-    family: Family, inputs: Mapping[str, Any], pixel_values: Tensor | None, side: PaddingSide
+    family: Family, inputs: Mapping[str, Any], visuals: Sequence[Visual], side: PaddingSide
 ) -> PromptLayout:
     """Find and check the image blocks; there are none where the stock model runs the images.
 
     Args:
         family: of the model.
         inputs: model inputs, none of them None.
-        pixel_values: [n_images, 3, H, W], or None if there are no images to run before the model.
+        visuals: the images and videos that run before the model.
         side: side on which shortened prompts are padded.
 
     Raises:
         PromptError: placeholders and images do not match.
     """
-    ids, placeholder = inputs["input_ids"], family.placeholder_id
+    ids, placeholders = inputs["input_ids"], family.placeholders
     blocks: tuple[tuple[Block, ...], ...] = ((),) * len(ids)
-    if pixel_values is not None:
-        if pixel_values.ndim != 4:
-            raise PromptError(
-                "pixel_values must have shape [n_images, 3, height, width], got "
-                f"{list(pixel_values.shape)}"
-            )
-        per_image = family.tokens_per_image(family.grid(pixel_values))
-        blocks = find_blocks(ids, placeholder, per_image, len(pixel_values))
-    elif not {"pixel_values", "mm_encoder_outputs", "inputs_embeds"} & set(inputs):
-        usual = family.tokens_per_image(family.config_grid)
-        check_images_given(ids, placeholder, usual, _cached(inputs))
+    given = {*family.consumed, "mm_encoder_outputs", "inputs_embeds"}
+    if visuals:
+        sizes = [(placeholders[visual.kind], family.tokens_of(visual)) for visual in visuals]
+        blocks = find_blocks(ids, sizes)
+        left = set(placeholders.values()) - {placeholder for placeholder, _ in sizes}
+        for placeholder in left:
+            check_images_given(ids, placeholder, family.usual_tokens, _cached(inputs))
+    elif not given & set(inputs):
+        for placeholder in placeholders.values():
+            check_images_given(ids, placeholder, family.usual_tokens, _cached(inputs))
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = torch.ones_like(ids)

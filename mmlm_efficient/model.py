@@ -103,7 +103,7 @@ class EfficientLMM:
         self.model = model
         self.processor = processor
         self.name = name or type(model).__name__
-        self._parts = LMMParts(model)
+        self._parts = LMMParts(model, _image_stats(processor))
         try:
             self._methods = self._checked(methods)
         except Exception:
@@ -412,10 +412,9 @@ class EfficientLMM:
         first = end if watch.first_token_s is None else watch.first_token_s
         report = prepared.report()
         new_ids = output.sequences[:, width:].tolist()
-        family = self._parts.family
         run = Run(
             prompt_tokens=prepared.layout.mask.sum(dim=1).tolist(),
-            tokens_per_image=[family.tokens_per_image(image.grid) for image in report.images],
+            tokens_per_image=prepared.stock_tokens,
             report=report,
             end_ids=settings.token_ids("eos_token_id"),
             pad_id=next(iter(settings.token_ids("pad_token_id")), None),
@@ -473,6 +472,13 @@ class EfficientLMM:
     def _forward_arguments(self) -> set[str]:
         """Names of the model's own inputs."""
         return set(inspect.signature(self.model.forward).parameters) - {"kwargs"}
+
+
+def _image_stats(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation per channel that the image processor normalises with."""
+    images = getattr(processor, "image_processor", None)
+    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
 def _input_ids(inputs: Mapping[str, Any]) -> Tensor:

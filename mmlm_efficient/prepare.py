@@ -18,15 +18,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mmlm_efficient.bridging import cut_prompt, reduced
+from mmlm_efficient.encoding import Encoded, run_tower
 from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
 from mmlm_efficient.inputs import needs_stock, uncut_layout
-from mmlm_efficient.pruning.base import Method, PruningMethod, TowerJob
+from mmlm_efficient.pruning.base import LayerJob, Method, PruningMethod
+from mmlm_efficient.reports import CropRuns, image_report
 from mmlm_efficient.stations.bridge import (
     IGNORED_LABEL,
     PaddingSide,
@@ -34,11 +37,13 @@ from mmlm_efficient.stations.bridge import (
     check_labels,
     check_visible,
     prompt_positions,
-    shortened,
 )
 from mmlm_efficient.stations.layer import LayerRequest, LayerStation
-from mmlm_efficient.stations.tower import TowerPass, TowerRun, TowerStation
-from mmlm_efficient.tokens import CLS_INDEX, ImageReport, PruningReport, VisualTokens, kept_patches
+from mmlm_efficient.stations.packed_tower import PackedTowerParts, PackedTowerStation
+from mmlm_efficient.stations.tower import TowerRun, TowerStation
+from mmlm_efficient.tokens import PruningReport, VisualTokens
+
+ImageStats: TypeAlias = "tuple[tuple[float, ...], tuple[float, ...]]"
 
 
 class LMMParts:
@@ -46,16 +51,24 @@ class LMMParts:
 
     Args:
         model: a transformers model of a supported family.
+        image_stats: the image processor's (mean, std) per channel, for methods that look at
+            8-bit pixels; None when it is not known.
 
     Raises:
         UnsupportedError: no family knows the model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, image_stats: ImageStats | None = None) -> None:
         self.model = model
         self.family: Family = family_of(model)
-        self.tower = TowerStation(self.family.tower)
+        tower = self.family.tower
+        self.tower: TowerStation | PackedTowerStation = (
+            PackedTowerStation(tower)
+            if isinstance(tower, PackedTowerParts)
+            else TowerStation(tower)
+        )
         self.layer = LayerStation(self.family.decoder)
+        self.image_stats = image_stats
 
     def close(self) -> None:
         """Remove all hooks: the model is stock again. Safe to call twice."""
@@ -81,7 +94,8 @@ def check_methods(methods: Sequence[Method]) -> None:
     """Refuse methods that cannot work together.
 
     Raises:
-        SettingsError: two methods decide at one station, or disagree about position ids.
+        SettingsError: two methods decide at one station, one cuts the tower that the other looks
+            at, or they disagree about position ids.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -93,10 +107,19 @@ def check_methods(methods: Sequence[Method]) -> None:
                 )
             owners[station] = method
     pruning = [method for method in methods if isinstance(method, PruningMethod)]
-    for method in pruning[1:]:
-        if method.position_ids != pruning[0].position_ids:
+    for method in pruning:
+        tower = owners.get("tower")
+        if method.observes and tower is not None and tower is not method:
             raise SettingsError(
-                f"'{pruning[0].name}' has position_ids='{pruning[0].position_ids}' and "
+                f"'{method.name}' ranks tokens by the whole tower's attention, but "
+                f"'{tower.name}' cuts tokens there: use one of them"
+            )
+    # Cuts inside the language model have a rule of their own.
+    before = [m for m in pruning if {"tower", "bridge"} & set(m.owned_stations)]
+    for method in before[1:]:
+        if method.position_ids != before[0].position_ids:
+            raise SettingsError(
+                f"'{before[0].name}' has position_ids='{before[0].position_ids}' and "
                 f"'{method.name}' has position_ids='{method.position_ids}': give both the same"
             )
 
@@ -113,6 +136,8 @@ def check_family(methods: Sequence[Method], family: Family) -> None:
                 f"method '{method.name}' does not support the model family '{family.name}'. "
                 f"It supports: {', '.join(method.families)}."
             )
+        if isinstance(method, PruningMethod):
+            method.positions(family.axes)
 
 
 @dataclass
@@ -129,7 +154,10 @@ class Prepared:
     tokens: tuple[VisualTokens, ...]
     layout: PromptLayout
     _inputs: dict[str, Any]
+    _n_stock: tuple[int, ...] = ()
     _n_tower: tuple[int, ...] = ()
+    _n_crops: tuple[int, ...] = ()
+    _kinds: tuple[Any, ...] = ()
     _request: LayerRequest | None = None
     _run: TowerRun | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -143,7 +171,7 @@ class Prepared:
         inputs = dict(self._inputs)
         if self.tokens:
             features = [tokens.features for tokens in self.tokens]
-            inputs["mm_encoder_outputs"] = {"image": self.parts.family.wrap_features(features)}
+            inputs["mm_encoder_outputs"] = self.parts.family.wrap_features(features, self._kinds)
         return inputs
 
     @contextmanager
@@ -189,48 +217,38 @@ class Prepared:
         seconds = dict(self._seconds)
         if self._request is not None:
             seconds["prune_s"] += self._request.seconds
-        images = tuple(self._image_report(image) for image in range(len(self.tokens)))
+        n_layers = len(self.parts.family.decoder.layers)
+        images = tuple(
+            image_report(
+                tokens, sample, self._n_tower[image], n_layers, self._request, self._crops(image)
+            )
+            for image, (tokens, sample) in enumerate(
+                zip(self.tokens, samples_of(self.layout, len(self.tokens)), strict=True)
+            )
+        )
         return PruningReport(images, seconds, tuple(method.name for method in self.methods))
 
-    def _image_report(self, image: int) -> ImageReport:
-        tokens, run, request = self.tokens[image], self._run, self._request
-        sample = next(
-            row
-            for row, blocks in enumerate(self.layout.blocks)
-            if any(block.image == image for block in blocks)
-        )
-        index = tokens.index
-        cuts: list[tuple[int, int]] = []
-        if request is not None:
-            if image in request.kept:
-                index = index[request.kept[image].to(index.device)]
-            cuts = list(zip(request.cut_layers, request.counts.get(image, []), strict=False))
-        per_layer, entering = [], len(tokens)
-        for layer in range(len(self.parts.family.decoder.layers)):
-            per_layer.append(entering)
-            entering = next((left for cut, left in cuts if cut == layer), entering)
-        details: dict[str, Any] = {}
-        # An image with nothing to prune reports as if alone, when no pass runs at all.
-        if run is not None and len(run.kept[image]) < tokens.n_in:
-            tower_pass = run.tower_pass
-            details = {
-                "layer_counts": tuple(run.layer_counts[image]),
-                "cut_layer": run.cut_layer[image].to("cpu"),
-            }
-            if tower_pass.scores is not None:
-                details["scores"] = tower_pass.scores[image].detach().to("cpu")
-            if tower_pass.entropy_ratios:
-                details["entropy_ratios"] = tuple(tower_pass.entropy_ratios[image])
-        return ImageReport(
-            image=image,
-            sample=sample,
-            grid=tokens.grid,
-            n_in=tokens.n_in,
-            kept=kept_patches(index),
-            per_station={"tower": self._n_tower[image], "bridge": len(tokens), "layer": entering},
-            decoder_layer_tokens=tuple(per_layer),
-            **details,
-        )
+    def _crops(self, image: int) -> CropRuns | None:
+        """The tower runs of an image, where patches were cut in them."""
+        if self._run is None:
+            return None
+        unit = int(getattr(self.parts.family.tower, "merge_unit", 1))
+        first = sum(self._n_crops[:image])
+        return CropRuns(self._run, first, self._n_crops[image], unit)
+
+    @property
+    def stock_tokens(self) -> tuple[int, ...]:
+        """Visual tokens (CLS counted) of every image before anything was pruned."""
+        return self._n_stock
+
+
+def samples_of(layout: PromptLayout, n_images: int) -> tuple[int, ...]:
+    """For every image the prompt of the batch that it belongs to."""
+    samples = [0] * n_images
+    for sample, blocks in enumerate(layout.blocks):
+        for block in blocks:
+            samples[block.image] = sample
+    return tuple(samples)
 
 
 def prepare(
@@ -239,6 +257,7 @@ def prepare(
     methods: Sequence[Method] = (),
     *,
     padding_side: PaddingSide = "left",
+    encoded: Encoded | None = None,
 ) -> Prepared:
     """Run the tower and build the model inputs of one request.
 
@@ -249,10 +268,12 @@ def prepare(
     Args:
         lmm_parts: the model with its stations.
         inputs: processor output: input_ids [B, S] with one placeholder per stock visual token,
-            attention_mask [B, S] (all ones when absent), pixel_values [n_images, 3, H, W] in
-            prompt order (absent for text alone), and what else the model takes.
+            attention_mask [B, S] (all ones when absent), pixel_values of the images in prompt
+            order (absent for text alone), and what else the model takes.
         methods: methods of this request; none means stock.
         padding_side: side on which the shortened prompts are padded.
+        encoded: the tower's outcome for the same images from `encode`, to use instead of running
+            it; the pixel inputs may then be left out.
 
     Raises:
         SettingsError: the methods clash or do not fit the model or the number of images.
@@ -268,13 +289,18 @@ def prepare(
     if padding_side not in ("left", "right"):
         raise SettingsError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    stock = needs_stock(family, inputs, methods)
-    pixel_values = None if stock else inputs.pop("pixel_values", None)
-    layout = uncut_layout(family, inputs, pixel_values, padding_side)
+    if encoded is not None:
+        inputs = {name: inputs[name] for name in inputs if name not in family.consumed}
+        visuals = encoded.visuals
+    else:
+        visuals = () if needs_stock(family, inputs, methods) else family.visuals(inputs)
+    layout = uncut_layout(family, inputs, visuals, padding_side)
     prepared = Prepared(lmm_parts, tuple(methods), (), layout, dict(inputs))
-    if pixel_values is not None:
-        _encode(prepared, pixel_values)
-        _bridge(prepared, pixel_values)
+    if visuals:
+        prepared._kinds = tuple(visual.kind for visual in visuals)
+        prepared._n_crops = tuple(visual.n_crops for visual in visuals)
+        prepared._n_stock = tuple(family.tokens_of(visual) for visual in visuals)
+        _encode(prepared, encoded)
         _shorten(prepared)
         _plan_layers(prepared)
     _check_context(prepared)
@@ -289,144 +315,62 @@ def _owner(prepared: Prepared, station: str) -> PruningMethod | None:
     return None
 
 
-def _encode(prepared: Prepared, pixel_values: Tensor) -> None:
-    """Station "tower": features and provenance of every image."""
-    parts, family = prepared.parts, prepared.parts.family
-    grid, lead = family.grid(pixel_values), int(family.keeps_cls)
-    start = time.perf_counter()
-    tower_pass = _tower_pass(prepared, len(pixel_values), grid)
-    everything = torch.arange(grid[0] * grid[1], device=pixel_values.device)
-    kept = [everything] * len(pixel_values)
-    if tower_pass is None:
-        features = family.encode(pixel_values)
-    else:
-        with parts.tower.running(tower_pass) as run:
-            features = family.encode(pixel_values)
-        prepared._run, kept = run, run.kept
-    if pixel_values.is_cuda:
-        torch.cuda.synchronize(pixel_values.device)
-    cls = everything.new_full((lead,), CLS_INDEX)
-    prepared.tokens = tuple(
-        VisualTokens(rows[: len(index) + lead], torch.cat([cls, index]), grid, image)
-        for image, (rows, index) in enumerate(zip(features, kept, strict=True))
-    )
-    prepared._n_tower = tuple(len(tokens) for tokens in prepared.tokens)
-    prepared._seconds = {
-        "tower_s": time.perf_counter() - start,
-        "prune_s": 0.0 if prepared._run is None else prepared._run.seconds,
-    }
-
-
-def _tower_pass(prepared: Prepared, n_images: int, grid: tuple[int, int]) -> TowerPass | None:
-    """The pass of the tower's owner, or None when no image has anything to prune."""
-    method, family = _owner(prepared, "tower"), prepared.parts.family
-    if method is None:
-        return None
-    n_tokens = family.tokens_per_image(grid)
-    budgets = method.budgets([n_tokens] * n_images)
-    if all(budget >= n_tokens for budget in budgets):
-        return None
-    lead = int(family.keeps_cls)
-    return method.tower_pass(
-        TowerJob(
-            targets=tuple(budget - lead for budget in budgets),
-            n_patches=grid[0] * grid[1],
-            last_cut_layer=family.last_cut_layer,
-            has_cls=family.tower.has_cls,
-        )
-    )
-
-
-def _bridge(prepared: Prepared, pixel_values: Tensor) -> None:
-    """Station "bridge": select among the tokens of every image."""
-    method = _owner(prepared, "bridge")
-    if method is None:
-        return
-    start = time.perf_counter()
-    lead = int(prepared.parts.family.keeps_cls)
-    budgets = method.budgets([len(tokens) for tokens in prepared.tokens])
-    selected = []
-    for image, budget in enumerate(budgets):
-        tokens = prepared.tokens[image]
-        # A CLS token always stays, and is one of the budget.
-        if budget < len(tokens) or not method.exact:
-            patches = tokens.take(torch.arange(lead, len(tokens)))
-            wanted = max(0, budget - lead)
-            keep = method.select(patches, wanted, pixel_values[image])
-            if keep is not None:
-                keep = _checked_selection(method, keep, patches, wanted)
-                tokens = tokens.take(torch.cat([torch.arange(lead), keep + lead]))
-        selected.append(tokens)
-    prepared.tokens = tuple(selected)
-    prepared._seconds["prune_s"] += time.perf_counter() - start
-
-
-def _checked_selection(
-    method: PruningMethod, keep: Tensor, patches: VisualTokens, budget: int
-) -> Tensor:
-    """A method's selection on the CPU, refused unless it is what ``select`` has to return."""
-    where = f"method '{method.name}', image {patches.image}: select() must return"
-    whole = isinstance(keep, Tensor) and keep.dtype in (torch.int64, torch.int32)
-    if not whole or keep.ndim != 1:
-        got = f"{list(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else type(keep)
-        raise SettingsError(f"{where} a tensor of int64 positions [{budget}], got {got}")
-    keep = keep.detach().to("cpu", torch.int64)
-    if method.exact and len(keep) != budget:
-        raise SettingsError(f"{where} exactly {budget} positions (the budget), got {len(keep)}")
-    if bool((keep.diff() <= 0).any()):
-        raise SettingsError(f"{where} positions in ascending order, each once: sort them")
-    if len(keep) and not 0 <= int(keep[0]) <= int(keep[-1]) < len(patches):
-        raise SettingsError(
-            f"{where} positions from 0 to {len(patches) - 1} among the tokens that it was given "
-            f"(not patch indices), got {int(keep[0])} to {int(keep[-1])}"
-        )
-    return keep
+def _encode(prepared: Prepared, encoded: Encoded | None) -> None:
+    """Stations "tower" and "bridge": the tokens of every image that enter the language model."""
+    parts, inputs = prepared.parts, prepared._inputs
+    bridge = _owner(prepared, "bridge")
+    watching = [m for m in prepared.methods if isinstance(m, PruningMethod) and m.observes]
+    sights = watching[0].observes if watching else frozenset()
+    layer = watching[0].observed_layer(parts.family) if watching else None
+    tower = run_tower(parts, inputs, _owner(prepared, "tower"), sights, layer, encoded)
+    prepared._run = tower.run
+    prepared._n_tower = tuple(len(tokens) for tokens in tower.tokens)
+    prepared._seconds = dict(tower.seconds)
+    if bridge is not None:
+        start = time.perf_counter()
+        samples = samples_of(prepared.layout, len(tower.tokens))
+        tower.tokens = reduced(bridge, parts, tower, inputs, samples)
+        prepared._seconds["prune_s"] += time.perf_counter() - start
+    prepared.tokens = tuple(tower.tokens)
+    for name in parts.family.consumed:
+        prepared._inputs.pop(name, None)
 
 
 def _shorten(prepared: Prepared) -> None:
     """Cut the prompt to the tokens that are left; an uncut prompt goes through as it is."""
-    family = prepared.parts.family
-    lead = int(family.keeps_cls)
-    keep = {
-        tokens.image: tokens.index + lead
-        for tokens in prepared.tokens
-        if len(tokens) < family.tokens_per_image(tokens.grid)
-    }
-    if not keep:
-        return
-    check_visible(prepared.layout)
-    prepared.layout, source = prepared.layout.cut(keep)
-    config = prepared.parts.model.config
-    pad = getattr(config, "pad_token_id", None)
-    if pad is None:
-        pad = getattr(config.get_text_config(), "pad_token_id", None)
-    prepared._inputs = shortened(
+    rules = [
+        method.positions(prepared.parts.family.axes)
+        for method in (_owner(prepared, "tower"), _owner(prepared, "bridge"))
+        if method is not None
+    ]
+    cut = cut_prompt(
+        prepared.parts,
         prepared._inputs,
         prepared.layout,
-        source,
-        pad_token_id=0 if pad is None else int(pad),
-        original_positions=_keeps_positions(prepared),
+        prepared.tokens,
+        prepared._n_stock,
+        original="original" in rules,
+        names=[method.name for method in prepared.methods],
     )
-
-
-def _keeps_positions(prepared: Prepared) -> bool:
-    """Whether kept tokens keep their position ids."""
-    return any(
-        isinstance(method, PruningMethod) and method.position_ids == "original"
-        for method in prepared.methods
-    )
+    if cut is not None:
+        prepared.layout, prepared._inputs = cut
 
 
 def _plan_layers(prepared: Prepared) -> None:
     """Station "layer": cuts inside the language model, if any is left to do."""
-    method = _owner(prepared, "layer")
+    method, family = _owner(prepared, "layer"), prepared.parts.family
     cuts = []
     if method is not None:
-        n_layers = len(prepared.parts.family.decoder.layers)
+        job = LayerJob(
+            tokens=prepared.tokens,
+            stock=prepared._n_stock,
+            samples=samples_of(prepared.layout, len(prepared.tokens)),
+            n_layers=len(family.decoder.layers),
+        )
         cuts = [
             cut
-            for cut in method.layer_cuts(len(prepared.tokens), n_layers)
-            if any(len(tokens) > cut.targets[tokens.image] for tokens in prepared.tokens)
+            for cut in method.layer_cuts(job)
+            if any(cut.due(tokens.image, len(tokens)) for tokens in prepared.tokens)
         ]
     if cuts:
         check_visible(prepared.layout)
@@ -435,13 +379,14 @@ def _plan_layers(prepared: Prepared) -> None:
         prepared._inputs.setdefault(
             "attention_mask", torch.ones_like(prepared._inputs["input_ids"])
         )
-    original = _keeps_positions(prepared)
     request = LayerRequest(
         prepared.layout,
         cuts,
-        compact=not original,
+        compact=method is not None and method.layer_positions(family.axes) == "compact",
         # Of an uncut prompt, the caller's position ids mean what they mean to the stock model.
-        gaps="position_ids" in prepared._inputs and bool(prepared.layout.removed.any()),
+        gaps=not family.axes
+        and "position_ids" in prepared._inputs
+        and bool(prepared.layout.removed.any()),
     )
     prepared._request = None if request.idle else request
 
@@ -452,6 +397,9 @@ def _check_context(prepared: Prepared) -> None:
     positions = prepared._inputs.get("position_ids")
     if positions is None:
         positions = prompt_positions(prepared.layout.mask)
+        if int(positions.max()) >= limit and prepared.parts.family.axes:
+            axes = prepared.parts.family.position_axes(prepared._inputs)
+            positions = positions if axes is None else axes
     longest = int(positions.max()) + 1
     if longest > limit:
         raise PromptError(

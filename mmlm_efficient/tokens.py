@@ -1,8 +1,9 @@
 """Visual tokens that remember where they came from, and the report of one request.
 
-A token's *index* is the raster index of its own patch in the image's full token grid
-(row ``index // cols``, column ``index % cols``). The tower's CLS token, which some models feed to
-the language model (``vision_feature_select_strategy="full"``), has no patch: its index is
+A token's *index* is its position among the unpruned tokens of its image; of a plain image that is
+the raster index of its patch (row ``index // cols``, column ``index % cols``), of others
+:class:`TokenPlaces` says where it stands. The tower's CLS token, which some models feed to the
+language model (``vision_feature_select_strategy="full"``), has no patch: its index is
 :data:`CLS_INDEX`.
 """
 
@@ -18,31 +19,91 @@ CLS_INDEX = -1
 
 
 @dataclass(frozen=True)
+class TokenPlaces:
+    """Where the tokens of one unpruned image or video stand, in the order of its prompt block.
+
+    A plain image is one grid. An image cut into tiles has two sources: the overview and the
+    stitched tiles. A video has one source per frame. CLS is not among the tokens.
+
+    Attributes:
+        source: int64 [N], which grid a token belongs to.
+        row, col: int64 [N], its place in that grid; a newline token stands behind its row's last
+            column, and a video's last newline in a source of its own.
+        newline: bool [N], tokens that show no patch but end a row (or a video).
+        shapes: (rows, cols) of every grid, newline columns not counted.
+        crop, patch: int64 [N], the tower run of the image and the token of it that each token
+            is; -1 for newlines. None where tokens were resized after the tower and stand for no
+            single patch.
+        video: the sources are frames.
+    """
+
+    source: Tensor
+    row: Tensor
+    col: Tensor
+    newline: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    crop: Tensor | None
+    patch: Tensor | None
+    video: bool = False
+
+    @classmethod
+    def grid(cls, rows: int, cols: int) -> TokenPlaces:
+        """The places of an image that is one grid of patches.
+
+        Example:
+            >>> TokenPlaces.grid(2, 3).row.tolist()
+            [0, 0, 0, 1, 1, 1]
+        """
+        index = torch.arange(rows * cols)
+        zeros = torch.zeros_like(index)
+        newline = torch.zeros(rows * cols, dtype=torch.bool)
+        shapes = ((rows, cols),)
+        return cls(zeros, index // cols, index % cols, newline, shapes, zeros, index)
+
+    def __len__(self) -> int:
+        return int(self.source.shape[0])
+
+
+@dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of one image or frame at some point of the path.
+    """The visual tokens of one image or video at some point of the path.
 
     Attributes:
         features: [T, C] token features.
-        index: int64 [T], raster index of each token's own patch; ascending for a pure selection.
-        grid: (rows, cols) of the full token grid.
+        index: int64 [T], position of each token among the image's unpruned tokens (of a plain
+            image, the raster index of its patch), :data:`CLS_INDEX` for CLS; ascending for a
+            pure selection.
+        places: where the unpruned tokens stand.
         image: position of the image in the request.
-        members: all original patches merged into each token, or None when each token stands
-            for its own patch alone.
+        members: all unpruned tokens merged into each token, or None when each token stands
+            for itself alone.
+        scores: float32 [T], importance that later stations may use, or None.
     """
 
     features: Tensor
     index: Tensor
-    grid: tuple[int, int]
+    places: TokenPlaces
     image: int
     members: tuple[tuple[int, ...], ...] | None = None
+    scores: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the first grid: the whole image, its overview, or the first frame."""
+        return self.places.shapes[0]
+
+    @property
     def n_in(self) -> int:
-        """Patches of the full grid, before anything was pruned."""
-        return self.grid[0] * self.grid[1]
+        """Tokens before anything was pruned, CLS not counted."""
+        return len(self.places)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the tokens are a selection in the order of the prompt, CLS first if at all."""
+        return bool((self.index.diff() > 0).all())
 
     def take(self, keep: Tensor) -> VisualTokens:
         """Keep some tokens.
@@ -54,7 +115,8 @@ class VisualTokens:
             The kept tokens with their provenance.
 
         Example:
-            >>> tokens = VisualTokens(torch.ones(4, 2), torch.arange(4), (2, 2), image=0)
+            >>> places = TokenPlaces.grid(2, 2)
+            >>> tokens = VisualTokens(torch.ones(4, 2), torch.arange(4), places, image=0)
             >>> tokens.take(torch.tensor([1, 3])).index.tolist()
             [1, 3]
         """
@@ -64,9 +126,10 @@ class VisualTokens:
         return VisualTokens(
             features=self.features[keep.to(self.features.device)],
             index=self.index[keep.to(self.index.device)],
-            grid=self.grid,
+            places=self.places,
             image=self.image,
             members=members,
+            scores=None if self.scores is None else self.scores[keep.to(self.scores.device)],
         )
 
 
@@ -77,16 +140,19 @@ class ImageReport:
     Attributes:
         image: position of the image in the request.
         sample: position of its prompt in the batch.
-        grid: (rows, cols) of the full token grid.
-        n_in: patches of the full grid.
-        kept: int64 [K] on the CPU, original patch indices that reach the last decoder layer,
-            ascending (CLS not listed).
+        grid: (rows, cols) of the full token grid; of the overview where there are tiles, of the
+            first frame of a video.
+        n_in: tokens before pruning, CLS not counted.
+        kept: int64 [K] on the CPU, indices of the tokens that reach the last decoder layer, each
+            merged token as the one that carries it; ascending (CLS not listed).
         per_station: visual tokens (CLS counted) leaving "tower", "bridge" and "layer".
-        scores: float32 [n_in] last importance score of each patch, or None.
+        scores: float32 [n_in] last importance score of each patch of the tower, or None.
         layer_counts: patches entering each tower layer; empty when the tower was not pruned.
         cut_layer: int64 [n_in] tower layer after which each patch was cut, -1 = kept; or None.
         entropy_ratios: FlowCut's entropy ratio at each adaptive cut of the tower, in [0, 1].
         decoder_layer_tokens: visual tokens (CLS counted) entering each decoder layer.
+        places: where the unpruned tokens stand; None in reports made by hand of a plain grid.
+        merged: for each kept token that stands for several, its index and all its members.
     """
 
     image: int
@@ -100,6 +166,14 @@ class ImageReport:
     cut_layer: Tensor | None = None
     entropy_ratios: tuple[float, ...] = ()
     decoder_layer_tokens: tuple[int, ...] = ()
+    places: TokenPlaces | None = None
+    merged: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def mean_decoder_tokens(self) -> float:
+        """Visual tokens entering a decoder layer, averaged over the layers."""
+        per_layer = self.decoder_layer_tokens
+        return sum(per_layer) / len(per_layer) if per_layer else float(len(self.kept))
 
 
 @dataclass(frozen=True)

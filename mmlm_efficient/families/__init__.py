@@ -7,10 +7,13 @@ from typing import Any
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts, Family, TowerParts
 from mmlm_efficient.families.llava import Llava
+from mmlm_efficient.families.llava_next import LlavaNext
+from mmlm_efficient.families.llava_onevision import LlavaOnevision
+from mmlm_efficient.families.qwen_vl import Qwen2_5VL, Qwen2VL
 
 __all__ = ["FAMILIES", "DecoderParts", "Family", "TowerParts", "family_class", "family_of"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava,)
+FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, LlavaOnevision, Qwen2VL, Qwen2_5VL)
 
 
 def family_class(config: Any, name: str) -> type[Family]:

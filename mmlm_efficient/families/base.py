@@ -1,20 +1,25 @@
 """What differs between model families, as data and a few questions.
 
 A family is one file with one :class:`Family` subclass. It tells the stations where the parts of
-the model are (:class:`TowerParts`, :class:`DecoderParts`), how many tokens an image has and which
-placeholder stands for them. Nobody outside this package asks which model class it is.
+the model are (:class:`TowerParts`, :class:`DecoderParts`), which images and videos a request has
+(:class:`Visual`), how the tower's tokens become the sequence that the prompt holds, and which
+placeholders stand for them. Nobody outside this package asks which model class it is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.tokens import TokenPlaces
+
+Kind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class DecoderParts:
         layers: decoder layers in order.
         attentions: the self-attention module of each layer.
         projections: (query, key, value) projection of each layer.
+        norms: the norm in front of each layer's attention.
         rotary: module that maps (hidden states, position ids [B, L]) to (cos, sin) [B, L, d].
         config: the text config; masks are built for its attention implementation.
         heads: query heads; kv_heads: key and value heads; head_dim: width of a head.
@@ -56,6 +62,7 @@ class DecoderParts:
     layers: Sequence[nn.Module]
     attentions: Sequence[nn.Module]
     projections: Sequence[tuple[nn.Module, nn.Module, nn.Module]]
+    norms: Sequence[nn.Module]
     rotary: nn.Module
     config: Any
     heads: int
@@ -65,15 +72,50 @@ class DecoderParts:
     head: nn.Module | None = None
 
 
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a request.
+
+    Attributes:
+        kind: "image" or "video"; each kind has a placeholder of its own in the prompt.
+        crop_grids: for every run of the tower that it takes (image, tile, frame, or temporal
+            step), the (rows, cols) of tokens that come out of it.
+        places: where its tokens stand in the prompt, CLS not counted.
+        size: (height, width) of the original picture in pixels, where packing depends on it.
+    """
+
+    kind: Kind
+    crop_grids: tuple[tuple[int, int], ...]
+    places: TokenPlaces = field(repr=False)
+    size: tuple[int, int] | None = None
+
+    @property
+    def n_crops(self) -> int:
+        """Runs of the tower."""
+        return len(self.crop_grids)
+
+
 class Family(ABC):
     """One family of multimodal models, bound to one model.
 
     Args:
         model: a model of this family, as transformers builds it.
+
+    Class attributes:
+        name: of the family; describes: the models in words.
+        consumed: inputs of the model that the tower uses up, absent from what the language
+            model's part is given.
+        packs_pruned: whether tokens can be cut inside and right behind the tower, before they
+            are packed. False where packing resizes grids: there all tokens go through, and
+            scores are packed as features are.
+        axes: whether positions count along several axes (M-RoPE), which pruning always keeps.
     """
 
     name: ClassVar[str]
     describes: ClassVar[str]
+    consumed: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    packs_pruned: ClassVar[bool] = True
+    axes: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -83,10 +125,12 @@ class Family(ABC):
     def matches(cls, config: Any) -> bool:
         """Whether a model with this config belongs to the family."""
 
+    # -- parts -----------------------------------------------------------------------------
+
     @property
     @abstractmethod
-    def tower(self) -> TowerParts:
-        """The vision tower."""
+    def tower(self) -> Any:
+        """The vision tower: `TowerParts`, or `PackedTowerParts` of a packed one."""
 
     @property
     @abstractmethod
@@ -95,13 +139,13 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def placeholder_id(self) -> int:
-        """Token id that stands for one visual token in a prompt."""
+    def placeholders(self) -> Mapping[Kind, int]:
+        """For each kind of input, the token id that stands for one visual token in a prompt."""
 
     @property
-    @abstractmethod
     def max_context(self) -> int:
         """Longest sequence of the language model, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
     @abstractmethod
@@ -111,50 +155,6 @@ class Family(ABC):
         Raises:
             SettingsError: the config asks for the features of several layers.
         """
-
-    @property
-    @abstractmethod
-    def keeps_cls(self) -> bool:
-        """Whether the tower's CLS token is one of the visual tokens of an image."""
-
-    @property
-    @abstractmethod
-    def config_grid(self) -> tuple[int, int]:
-        """(rows, cols) of patches of an image of the size that the config names."""
-
-    @property
-    @abstractmethod
-    def feature_arguments(self) -> Mapping[str, Any]:
-        """Arguments of the model's forward that change its image features, with the values that
-        they have when they are left out."""
-
-    @abstractmethod
-    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(rows, cols) of patches of each image in pixel_values [n, 3, height, width]."""
-
-    @abstractmethod
-    def encode(self, pixel_values: Tensor) -> list[Tensor]:
-        """Run the tower and the projector as the stock model does.
-
-        Args:
-            pixel_values: [n, 3, height, width].
-
-        Returns:
-            n tensors [L, D]. With a pass active at the tower station, L is the longest image's
-            count and the rows after an image's own count are padding.
-        """
-
-    @abstractmethod
-    def wrap_features(self, features: Sequence[Tensor]) -> Any:
-        """The object that the model takes as ``mm_encoder_outputs["image"]``.
-
-        Args:
-            features: one tensor [T_i, D] per image, in prompt order.
-        """
-
-    def tokens_per_image(self, grid: tuple[int, int]) -> int:
-        """Visual tokens, and so placeholders in the prompt, of one unpruned image."""
-        return grid[0] * grid[1] + int(self.keeps_cls)
 
     @property
     def last_cut_layer(self) -> int:
@@ -171,3 +171,97 @@ class Family(ABC):
                 "a method of the bridge station."
             )
         return last
+
+    @property
+    def keeps_cls(self) -> bool:
+        """Whether the tower's CLS token is one of the visual tokens of an image."""
+        return False
+
+    @property
+    def usual_tokens(self) -> int:
+        """Placeholders of an image of the size that the config names, for messages."""
+        rows, cols = self.config_grid
+        return rows * cols + int(self.keeps_cls)
+
+    @property
+    @abstractmethod
+    def config_grid(self) -> tuple[int, int]:
+        """(rows, cols) of tokens of one tower run of the size that the config names."""
+
+    @property
+    @abstractmethod
+    def feature_arguments(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward that change its image features, with the values that
+        they have when they are left out."""
+
+    # -- a request's images ----------------------------------------------------------------
+
+    @abstractmethod
+    def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
+        """The images, then the videos of model inputs, each kind in prompt order.
+
+        Raises:
+            PromptError: inputs of another shape than the processor gives.
+        """
+
+    @abstractmethod
+    def crop_pixels(self, inputs: Mapping[str, Any], visual: int) -> Tensor:
+        """Pixel values [n, 3, H, W] of the tower runs of one image or video."""
+
+    def tokens_of(self, visual: Visual) -> int:
+        """Visual tokens, and so placeholders in the prompt, of one unpruned image or video."""
+        return len(visual.places) + int(self.keeps_cls)
+
+    @abstractmethod
+    def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The model's own features [tokens_of, D] of every image and video."""
+
+    @abstractmethod
+    def run_tower(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Run the tower on every crop.
+
+        Returns:
+            For each crop of each visual, in order, features [L, C] in front of the projector,
+            CLS first where the tower has one. With a pass active at the tower station the rows
+            behind a crop's own count are padding.
+        """
+
+    @abstractmethod
+    def project(self, features: Tensor) -> Tensor:
+        """Tower features [n, L, C] as inputs [n, L, D] of the language model."""
+
+    @abstractmethod
+    def pack(self, values: Tensor, visual: Visual, newline: Tensor | None) -> Tensor:
+        """Anything that the tower's tokens have, in the order and form of the prompt's tokens.
+
+        Args:
+            values: [n_crops, L, D'], any numbers per token (CLS not among them).
+            visual: whose they are.
+            newline: [D'], what newline tokens get; None for zeros.
+
+        Returns:
+            [N, D'] as the model packs its features: stitched, unpadded, resized, newlines added.
+        """
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The model's own newline embedding [D], if it has one."""
+        return None
+
+    def position_axes(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Positions [3, B, S] of an uncut prompt where they count along several axes."""
+        return None
+
+    @abstractmethod
+    def wrap_features(self, features: Sequence[Tensor], kinds: Sequence[Kind]) -> dict[str, Any]:
+        """What the model takes as ``mm_encoder_outputs``.
+
+        Args:
+            features: one tensor [T_i, D] per image or video.
+            kinds: of each.
+        """
+
+
+def padded_stack(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors [L_i, C] as one [n, L, C], zeros behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

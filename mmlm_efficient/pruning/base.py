@@ -10,21 +10,25 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, nearest
-from mmlm_efficient.stations.layer import LayerCut
+from mmlm_efficient.families.base import Family, Visual
+from mmlm_efficient.pruning.observed import Crop, Observed, Sight
+from mmlm_efficient.stations.layer_rows import LayerCut
 from mmlm_efficient.stations.tower import TowerPass
 from mmlm_efficient.tokens import VisualTokens
 
 logger = logging.getLogger("mmlm_efficient.pruning")
 
 Station = Literal["tower", "bridge", "layer", "attention", "cache"]
+PositionIds = Literal["auto", "compact", "original"]
 Budget = int | tuple[int, ...] | None
 Ratio = float | tuple[float, ...] | None
 
@@ -63,16 +67,64 @@ class TowerJob:
     """One forward of the tower that a method may prune.
 
     Attributes:
-        targets: patches (CLS not counted) to keep of each image.
-        n_patches: patches of each image.
+        targets: patches (CLS not counted) to keep of each tower run.
+        n_patches: patches of each tower run; of the longest where they differ (`lengths`).
         last_cut_layer: last tower layer whose output may be cut (0-based).
         has_cls: the tower has a CLS token.
+        lengths: patches of each tower run where they differ; None where all have n_patches.
+        merge_unit: consecutive patches that the tower makes one visual token of.
+        score_only: nothing may be cut; the pass's scores decide behind the tower.
     """
 
     targets: tuple[int, ...]
     n_patches: int
     last_cut_layer: int
     has_cls: bool
+    lengths: tuple[int, ...] | None = None
+    merge_unit: int = 1
+    score_only: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a bridge method may look at beside the tokens of one image or video.
+
+    Attributes:
+        visual: the image or video, as its family lays it out.
+        observed: what the tower's last layer said about the tokens of each crop; empty unless
+            the method `observes` something.
+        n_together: images and videos in the same prompt.
+        budget: the method's budget for this image, tokens.
+        pixels: gives the pixel values [n_crops, 3, H, W] of its tower runs.
+        pack: puts numbers [n_crops, L, D] per tower token into the order of the tokens [N, D],
+            with a value for newline tokens.
+        stats: the image processor's (mean, std) per channel, or None when it is not known.
+    """
+
+    visual: Visual
+    observed: Sequence[Observed]
+    n_together: int
+    budget: int
+    pixels: Callable[[], Tensor]
+    pack: Callable[[Tensor, float], Tensor]
+    stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """One request at the decoder-layer station.
+
+    Attributes:
+        tokens: the tokens of each image and video that enter the language model.
+        stock: how many each had before anything was pruned.
+        samples: for each, the prompt of the batch that it belongs to.
+        n_layers: decoder layers.
+    """
+
+    tokens: tuple[VisualTokens, ...]
+    stock: tuple[int, ...]
+    samples: tuple[int, ...]
+    n_layers: int
 
 
 class PruningMethod(Method):
@@ -85,15 +137,23 @@ class PruningMethod(Method):
     Class attributes:
         exact: :meth:`select` keeps exactly the budget, and is not called when that is all tokens.
             False for a method that counts by itself.
+        observes: what :meth:`reduce` or :meth:`condense` need to know from the tower's last
+            layer; the tower then runs unpruned.
+        default_positions: what position_ids="auto" means where positions count along one axis.
+        budget_counts: what the budget counts, for documentation.
     """
 
     exact: ClassVar[bool] = True
+    observes: ClassVar[frozenset[Sight]] = frozenset()
+    default_positions: ClassVar[Literal["compact", "original"]] = "compact"
+    budget_counts: ClassVar[str] = "tokens of each image that enter the language model"
 
     keep_tokens: Budget = Field(None, description="tokens to keep per image, >= 1")
     keep_ratio: Ratio = Field(None, description="share of the tokens to keep per image, in (0, 1]")
-    position_ids: Literal["compact", "original"] = Field(
-        "compact",
-        description="positions of kept tokens in the language model: renumbered or their own",
+    position_ids: PositionIds = Field(
+        "auto",
+        description="positions of kept tokens in the language model: renumbered, their own, or "
+        "what the method's authors do",
     )
 
     @field_validator("keep_tokens", mode="before")
@@ -162,28 +222,109 @@ class PruningMethod(Method):
             )
         return budgets
 
+    def positions(self, axes: bool) -> Literal["compact", "original"]:
+        """The position rule in force.
+
+        Args:
+            axes: positions count along several axes (M-RoPE), where tokens keep their own.
+
+        Raises:
+            SettingsError: renumbering was asked for where it has no meaning.
+        """
+        if axes and self.position_ids == "compact":
+            raise SettingsError(
+                f"{self.name}: position_ids='compact' has no meaning in a model whose positions "
+                "count along rows, columns and time: kept tokens keep theirs. Use 'original' or "
+                "'auto'"
+            )
+        if self.position_ids != "auto":
+            return self.position_ids
+        return "original" if axes else self.default_positions
+
+    def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
+        """The rule behind cuts inside the language model; that of `positions` unless overridden."""
+        return self.positions(axes)
+
+    @property
+    def cuts_tower(self) -> bool:
+        """Whether patches are cut while the tower runs, or scored there for a cut behind it."""
+        return type(self).tower_pass is not PruningMethod.tower_pass
+
+    @property
+    def condenses(self) -> bool:
+        """Whether the tokens of each tower run are reduced right behind the tower."""
+        return type(self).condense is not PruningMethod.condense
+
     # -- what a method overrides: one or more of these -------------------------------------
 
     def tower_pass(self, job: TowerJob) -> TowerPass | None:
         """Station "tower": how to prune inside one forward of the tower; None to leave it alone."""
         return None
 
+    def condense(self, crop: Crop, budget: int) -> Crop:
+        """Station "tower", behind its last layer: fewer tokens of one tower run.
+
+        Args:
+            crop: the run's tokens in front of the projector.
+            budget: how many may be left, fewer than there are.
+        """
+        return crop
+
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor | None:
         """Station "bridge": which tokens of one image to keep.
 
         Args:
-            tokens: the image's patch tokens, after the projector.
+            tokens: the image's tokens (CLS not among them), after the projector.
             budget: how many to keep, at most all of them.
-            pixels: [3, H, W] pixel values of the image.
+            pixels: [3, H, W] pixel values of the image (its overview, or first frame).
 
         Returns:
             int64 [budget] ascending positions among the tokens, or None to keep all.
         """
         return None
 
-    def layer_cuts(self, n_images: int, n_layers: int) -> tuple[LayerCut, ...]:
-        """Station "layer": cuts inside the language model of n_layers decoder layers."""
+    def reduce(self, tokens: VisualTokens, scene: Scene) -> VisualTokens:
+        """Station "bridge": fewer tokens of one image; by default those that `select` names.
+
+        Args:
+            tokens: the image's tokens (CLS not among them), after the projector.
+            scene: what else is known about the image, its budget among it.
+        """
+        if self.exact and scene.budget >= len(tokens):
+            return tokens
+        keep = self.select(tokens, scene.budget, scene.pixels()[0])
+        if keep is None:
+            return tokens
+        return tokens.take(self._checked_selection(keep, tokens, scene.budget))
+
+    def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
+        """Station "layer": cuts inside the language model."""
         return ()
+
+    def observed_layer(self, family: Family) -> int:
+        """The tower layer (0-based) whose attention the method observes."""
+        return family.feature_layer
+
+    def _checked_selection(self, keep: Any, tokens: VisualTokens, budget: int) -> Tensor:
+        """A selection on the CPU, refused unless it is what ``select`` has to return."""
+        where = f"method '{self.name}', image {tokens.image}: select() must return"
+        whole = isinstance(keep, Tensor) and keep.dtype in (torch.int64, torch.int32)
+        if not whole or keep.ndim != 1:
+            got = f"{list(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else type(keep)
+            raise SettingsError(f"{where} a tensor of int64 positions [{budget}], got {got}")
+        chosen: Tensor = keep.detach().to("cpu", torch.int64)
+        if self.exact and len(chosen) != budget:
+            raise SettingsError(
+                f"{where} exactly {budget} positions (the budget), got {len(chosen)}"
+            )
+        if bool((chosen.diff() <= 0).any()):
+            raise SettingsError(f"{where} positions in ascending order, each once: sort them")
+        if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < len(tokens):
+            raise SettingsError(
+                f"{where} positions from 0 to {len(tokens) - 1} among the tokens that it was given "
+                f"(not patch indices), got {int(chosen[0])} to {int(chosen[-1])}"
+            )
+        return chosen
 
 
 def checked_counts(field: str, value: Any) -> Any:

@@ -16,18 +16,21 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.errors import SettingsError, UnsupportedError
 from mmlm_efficient.pruning.base import (
     Budget,
+    LayerJob,
     PruningMethod,
     Station,
     TowerJob,
     check_per_image,
     checked_counts,
 )
+from mmlm_efficient.pruning.flowcut_packed import MergeAlignment, PackedFlowCutPass
 from mmlm_efficient.pruning.flowcut_scores import query_scores
 from mmlm_efficient.pruning.flowcut_tower import FlowCutPass
-from mmlm_efficient.stations.layer import LayerCut, SampleRows
+from mmlm_efficient.stations.layer_rows import LayerCut, SampleRows
+from mmlm_efficient.stations.packed_tower import PackedTowerStation
 
 if TYPE_CHECKING:
     from mmlm_efficient.prepare import LMMParts
@@ -52,7 +55,10 @@ class FlowCut(PruningMethod):
         "(arXiv 2505.19536)"
     )
     stations: ClassVar[tuple[Station, ...]] = ("tower", "layer")
-    families: ClassVar[tuple[str, ...] | Literal["all"]] = ("llava",)
+    budget_counts: ClassVar[str] = (
+        "tokens of each image; of each tile of a LLaVA-NeXT image, each temporal step of a Qwen "
+        "video"
+    )
 
     prune_interval: int = Field(2, ge=1, strict=True, description="layers between cuts, >= 1")
     prune_start_layer: int = Field(
@@ -83,6 +89,16 @@ class FlowCut(PruningMethod):
     )
     llm_keep_tokens: Budget = Field(
         None, description="tokens to keep per image after llm_prune_layer, >= 1"
+    )
+    merge_alignment: MergeAlignment = Field(
+        "window",
+        description="Qwen towers: cut whole 2x2 squares, which become one token each, or single "
+        "patches as the reference code does",
+    )
+    keep_newlines: bool = Field(
+        False,
+        description="LLaVA-NeXT: keep the newline of every row of tiles that has a token left; "
+        "the reference code drops them",
     )
 
     @classmethod
@@ -120,11 +136,14 @@ class FlowCut(PruningMethod):
 
     def tower_pass(self, job: TowerJob) -> FlowCutPass:
         """Stage A."""
+        if job.merge_unit > 1:
+            return PackedFlowCutPass(self, job, self.merge_alignment)
         return FlowCutPass(self, job)
 
-    def layer_cuts(self, n_images: int, n_layers: int) -> tuple[LayerCut, ...]:
+    def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """Stage B."""
         layer, keep = self.llm_prune_layer, self.llm_keep_tokens
+        n_images, n_layers = len(job.tokens), job.n_layers
         if layer is None or keep is None:
             return ()
         if layer >= n_layers:
@@ -175,9 +194,10 @@ def calibrate_static_schedule(
         method = FlowCut(keep_tokens=64, schedule="static", counts=counts)
     """
     family = parts.family
-    grid = family.grid(pixel_values)
-    n_tokens, n_images = family.tokens_per_image(grid), len(pixel_values)
-    budgets = settings.budgets([n_tokens] * n_images)
+    inputs = {"pixel_values": pixel_values}
+    visuals = family.visuals(inputs)
+    n_tokens = family.tokens_of(visuals[0])
+    budgets = settings.budgets([n_tokens] * len(visuals))
     if settings.schedule != "adaptive" or len(set(budgets)) != 1 or budgets[0] >= n_tokens:
         raise SettingsError(
             "calibration needs schedule='adaptive' and one budget below the "
@@ -187,15 +207,19 @@ def calibrate_static_schedule(
     tower_pass = FlowCutPass(
         settings,
         TowerJob(
-            targets=(target,) * n_images,
-            n_patches=grid[0] * grid[1],
+            targets=(target,) * len(visuals),
+            n_patches=len(visuals[0].places),
             last_cut_layer=family.last_cut_layer,
             has_cls=family.tower.has_cls,
         ),
     )
+    if isinstance(parts.tower, PackedTowerStation):
+        raise UnsupportedError(
+            "a static schedule is calibrated for towers of one picture size: LLaVA models"
+        )
     with torch.no_grad(), parts.tower.running(tower_pass) as run:
-        family.encode(pixel_values)
+        family.run_tower(inputs, visuals)
     return tuple(
-        round(sum(counts[layer + 1] for counts in run.layer_counts) / n_images)
+        round(sum(counts[layer + 1] for counts in run.layer_counts) / len(visuals))
         for layer in tower_pass.cut_layers
     )

@@ -59,6 +59,7 @@ class FlowCutPass(TowerPass):
     Attributes:
         entropy_ratios: for each image, the ratio at each of its adaptive cuts.
         scores: float32 [B, N], last accumulated score of every patch.
+        terms: criteria that make up the score.
         cut_layers: 0-based layers whose output may be cut, the last one always to the budget.
     """
 
@@ -71,6 +72,7 @@ class FlowCutPass(TowerPass):
         self.settings = settings
         self.job = job
         self.trace = trace
+        self.terms = settings.score_terms
         self.entropy_ratios: list[list[float]] = []
         self._counts: list[int] = []
         self._index: list[Tensor] | None = None
@@ -143,19 +145,20 @@ class FlowCutPass(TowerPass):
         attention = relay_weights(
             self._relay(query, patches, lead), key, key.shape[-1] ** -0.5, rows.valid
         )[:, lead:]
-        terms = self.settings.score_terms
+        terms = self.terms
         semantic = norm = None
         if "semantic" in terms:
             relay_value = self._relay(value, patches, lead)
             semantic = relay_weights(relay_value, value, 1.0, rows.valid)[:, lead:]
         if "value_norm" in terms:
             norm = value_norm(value[:, lead:])
-        self._attention = normalised(attention)
+        shares = normalised(attention)
         score = fused_score(
-            self._attention if "attention" in terms else None,
+            shares if "attention" in terms else None,
             None if semantic is None else normalised(semantic),
             norm,
         )
+        self._attention, score = self._pooled(shares, score, patches)
         self._total = accumulated(self._total, score, self.settings.score_momentum)
         self._remember()
         if self.trace is not None:
@@ -164,6 +167,8 @@ class FlowCutPass(TowerPass):
     def cut(self, layer: int) -> Sequence[Tensor] | None:
         """The positions that go on after this layer, or None when all do."""
         total, attention = self._total, self._attention
+        if self.job.score_only:
+            return None
         if layer not in self.cut_layers or total is None or attention is None:
             return None
         if not self.wants(layer):
@@ -185,6 +190,22 @@ class FlowCutPass(TowerPass):
             shorter[image, : wanted[image]] = total[image, positions]
         self._total, self._attention, self._counts = shorter, None, wanted
         return keep
+
+    # -- what a tower with other rules overrides ---------------------------------------------
+
+    def _pooled(self, shares: Tensor, score: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention shares and scores of the units that are cut: here of the patches themselves.
+
+        Args:
+            shares: normalised attention strength [B, N] of the patches.
+            score: the layer's score [B, N].
+            valid: bool [B, N], False on padding; or None.
+        """
+        return shares, score
+
+    def _ratios(self, shares: Tensor, counts: Tensor) -> Tensor:
+        """Entropy ratio [B] of attention shares [B, N]; counts [B] of them are no padding."""
+        return entropy_ratio(shares, counts)
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -222,7 +243,7 @@ class FlowCutPass(TowerPass):
             planned = self.settings.counts[self.cut_layers.index(layer)]
             return [min(now, planned) for now in self._counts]
         counts = torch.tensor(self._counts, device=attention.device)
-        ratios: list[float] = entropy_ratio(attention, counts).tolist()
+        ratios: list[float] = self._ratios(attention, counts).tolist()
         amounts = []
         for image, ratio in enumerate(ratios):
             now, target = self._counts[image], targets[image]

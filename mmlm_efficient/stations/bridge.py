@@ -79,7 +79,7 @@ class PromptLayout:
         """Keep some tokens of some images and pad again.
 
         Args:
-            keep: for each image to cut, ascending int64 positions inside its block.
+            keep: for each image to cut, int64 positions inside its block, in their new order.
 
         Returns:
             The new layout and source [B, S'], the column of this layout that each new column is
@@ -87,14 +87,19 @@ class PromptLayout:
         """
         kept_columns, blocks = [], []
         for row, sample in zip(self.mask, self.blocks, strict=True):
-            stays = row.clone()
+            parts, sizes, done = [], [], 0
             for block in sample:
+                parts.append(row[done : block.start].nonzero().squeeze(1) + done)
                 if block.image in keep:
-                    inside = torch.zeros(len(block), dtype=torch.bool)
-                    inside[keep[block.image].to("cpu")] = True
-                    stays[block.start : block.stop] &= inside
-            kept_columns.append(stays.nonzero().squeeze(1))
-            blocks.append([(block, int(stays[block.start : block.stop].sum())) for block in sample])
+                    inside = keep[block.image].to("cpu")
+                else:
+                    inside = row[block.start : block.stop].nonzero().squeeze(1)
+                parts.append(inside + block.start)
+                sizes.append((block, len(inside)))
+                done = block.stop
+            parts.append(row[done:].nonzero().squeeze(1) + done)
+            kept_columns.append(torch.cat(parts))
+            blocks.append(sizes)
         length = max(int(columns.shape[0]) for columns in kept_columns)
         source = torch.zeros(len(kept_columns), length, dtype=torch.long)
         mask = torch.zeros(len(kept_columns), length, dtype=torch.bool)
@@ -119,6 +124,13 @@ class PromptLayout:
         )
         return layout, source
 
+    def text(self, sample: int) -> Tensor:
+        """Columns int64 of a prompt's tokens that belong to no image."""
+        words = self.mask[sample].clone()
+        for block in self.blocks[sample]:
+            words[block.start : block.stop] = False
+        return words.nonzero().squeeze(1)
+
     def extended(self, n_new: int) -> PromptLayout:
         """The layout after n_new generated tokens, appended at the right of every sample."""
         if n_new == 0:
@@ -140,58 +152,70 @@ def _moved(blocks: Sequence[tuple[Block, int]], columns: Tensor, first: int) -> 
     """Blocks with their new sizes at their places among the kept columns."""
     moved = []
     for block, size in blocks:
+        # Inside a block the order may have changed; in front of it nothing has.
         start = first + int((columns < block.start).sum())
         moved.append(Block(block.image, start, start + size))
     return tuple(moved)
 
 
 def find_blocks(
-    input_ids: Tensor, placeholder_id: int, tokens_per_image: int, n_images: int
+    input_ids: Tensor, visuals: Sequence[tuple[int, int]]
 ) -> tuple[tuple[Block, ...], ...]:
     """Find the image blocks of a batch of prompts and check them against the images.
 
     Args:
         input_ids: int64 [B, S] with one placeholder per stock visual token.
-        placeholder_id: token id of the placeholder.
-        tokens_per_image: placeholders of one image.
-        n_images: images of the batch, in prompt order.
+        visuals: (placeholder id, stock tokens) of every image and video of the batch; those
+            with one placeholder are in prompt order.
+
+    Returns:
+        For each prompt its blocks from left to right; `Block.image` counts the visuals.
 
     Raises:
         PromptError: a run of placeholders is no whole number of images, or the prompts hold
             another number of images than was given.
     """
+    waiting: dict[int, list[int]] = {}
+    for image, (placeholder, _) in enumerate(visuals):
+        waiting.setdefault(placeholder, []).append(image)
+    found: dict[int, int] = dict.fromkeys(waiting, 0)
     samples: list[tuple[Block, ...]] = []
-    image = 0
     for row, ids in enumerate(input_ids.tolist()):
         blocks: list[Block] = []
         column = 0
         while column < len(ids):
-            if ids[column] != placeholder_id:
+            placeholder = ids[column]
+            if placeholder not in waiting:
                 column += 1
                 continue
             stop = column
-            while stop < len(ids) and ids[stop] == placeholder_id:
+            while stop < len(ids) and ids[stop] == placeholder:
                 stop += 1
-            whole, rest = divmod(stop - column, tokens_per_image)
-            if rest:
-                raise PromptError(
-                    f"image {image + whole} (prompt {row}, token {column}): expected "
-                    f"{tokens_per_image} placeholders per image, got a run of {stop - column}. "
-                    "Write one image token per image, let the processor expand it, and do not "
-                    "truncate the prompt inside an image."
-                )
-            for _ in range(whole):
-                blocks.append(Block(image, column, column + tokens_per_image))
-                column += tokens_per_image
-                image += 1
+            images, run = waiting[placeholder], stop - column
+            while column < stop:
+                number = found[placeholder]
+                # Behind the last image its size tells how many more the prompts ask for.
+                image = images[min(number, len(images) - 1)]
+                size = visuals[image][1]
+                if stop - column < size:
+                    raise PromptError(
+                        f"image {number} (prompt {row}, token {column}): expected {size} "
+                        f"placeholders per image, got a run of {run}. Write one image "
+                        "token per image, let the processor expand it, and do not truncate the "
+                        "prompt inside an image."
+                    )
+                if number < len(images):
+                    blocks.append(Block(image, column, column + size))
+                found[placeholder] += 1
+                column += size
         samples.append(tuple(blocks))
-    if image != n_images:
-        first_wrong = min(image, n_images)
-        raise PromptError(
-            f"the prompts hold {image} image(s), but {n_images} image(s) were given: image "
-            f"{first_wrong} has no counterpart. Give one image per image token, in the order "
-            "of the prompts."
-        )
+    for placeholder, images in waiting.items():
+        if found[placeholder] != len(images):
+            raise PromptError(
+                f"the prompts hold {found[placeholder]} image(s), but {len(images)} image(s) were "
+                f"given: image {min(found[placeholder], len(images))} has no counterpart. Give "
+                "one image per image token, in the order of the prompts."
+            )
     return tuple(samples)
 
 
@@ -277,6 +301,7 @@ def shortened(
     *,
     pad_token_id: int,
     original_positions: bool,
+    axes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Per-token model inputs for a cut prompt.
 
@@ -288,6 +313,8 @@ def shortened(
             prompt. ``generate()`` continues them from the last one, the uncut prompt's end.
             Position ids among the inputs are kept with it, and renumbered without it: each is
             lowered by the tokens cut before it.
+        axes: int64 [3, B, S], positions of the uncut prompt in a model that counts them along
+            several axes (M-RoPE); they are kept as they are.
 
     Returns:
         The inputs [B, S'], with the attention mask always present.
@@ -310,7 +337,9 @@ def shortened(
             result[name] = value
     dtype = inputs["attention_mask"].dtype if "attention_mask" in inputs else torch.long
     result["attention_mask"] = mask.to(dtype)
-    if original_positions or "position_ids" in inputs:
+    if axes is not None:
+        result["position_ids"] = axes.gather(2, source.expand(len(axes), -1, -1))
+    elif original_positions or "position_ids" in inputs:
         positions = _positions_of(inputs).gather(1, source)
         if not original_positions:
             positions = positions - layout.shift.to(device)

@@ -1,9 +1,10 @@
 """Station 3: the decoder layers. Visual tokens are cut from the output of a layer.
 
-A :class:`LayerCut` names a layer, a target per image and a scorer. The station runs that layer on
-all tokens, scores the image blocks from the rows it needs (never a full attention map, whatever
-attention implementation is on), and cuts the layer's output. The layers after it get positions and
-masks for what is left; their part of the KV cache is shorter, and decoding continues with it.
+A :class:`LayerCut` names a layer, how many tokens stay and how they are ranked. The station runs
+that layer on all tokens, scores the image blocks from the rows it needs (never a full attention
+map, whatever attention implementation is on), and cuts the layer's output; dropped tokens may be
+merged into new ones. The layers after it get positions and masks for what is left; their part of
+the KV cache is shorter, and decoding continues with it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,74 +22,19 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts
 from mmlm_efficient.stations.active import activate, active_request
-from mmlm_efficient.stations.bridge import PromptLayout
+from mmlm_efficient.stations.bridge import Block, PromptLayout
 from mmlm_efficient.stations.hooks import Arguments, LayerHooks
+from mmlm_efficient.stations.layer_rows import (
+    LayerCut,
+    LayerScorer,
+    Merge,
+    SampleRows,
+    cut_rows,
+    merges_of,
+)
 from mmlm_efficient.tokens import top_positions
 
-
-@dataclass(frozen=True)
-class SampleRows:
-    """Queries, keys and values of one prompt at one layer, only for the columns asked for.
-
-    Attributes:
-        last: column of the last prompt token.
-        scaling: factor on the query-key products.
-        columns: columns of all prompt tokens, padding left out.
-    """
-
-    last: int
-    scaling: float
-    columns: Tensor
-    _projections: tuple[Tensor, Tensor, Tensor]
-    _rope: tuple[Tensor, Tensor]
-    _parts: DecoderParts
-
-    def query(self, columns: Tensor) -> Tensor:
-        """Rotated queries [h, n, d] of the given columns int64 [n]."""
-        return self._rotated(self._heads(0, columns, self._parts.heads), columns)
-
-    def keys(self, columns: Tensor) -> Tensor:
-        """Rotated keys [h, n, d], repeated to the query heads."""
-        return self._repeated(self._rotated(self._heads(1, columns, self._parts.kv_heads), columns))
-
-    def values(self, columns: Tensor) -> Tensor:
-        """Values [h, n, d], repeated to the query heads."""
-        return self._repeated(self._heads(2, columns, self._parts.kv_heads))
-
-    def _heads(self, part: int, columns: Tensor, heads: int) -> Tensor:
-        rows = self._projections[part][columns]
-        return rows.view(rows.shape[0], heads, self._parts.head_dim).transpose(0, 1)
-
-    def _rotated(self, rows: Tensor, columns: Tensor) -> Tensor:
-        cos, sin = self._rope[0][columns], self._rope[1][columns]
-        first, second = rows.chunk(2, dim=-1)
-        return rows * cos + torch.cat((-second, first), dim=-1) * sin
-
-    def _repeated(self, rows: Tensor) -> Tensor:
-        return rows.repeat_interleave(self._parts.heads // self._parts.kv_heads, dim=0)
-
-
-class LayerScorer(Protocol):
-    """Scores the visual tokens of one image at a decoder layer."""
-
-    def __call__(self, rows: SampleRows, columns: Tensor) -> Tensor:
-        """Scores [V] of the image's tokens, which stand in columns int64 [V]; larger is better."""
-
-
-@dataclass(frozen=True)
-class LayerCut:
-    """Cut the output of one decoder layer.
-
-    Attributes:
-        layer: 0-based decoder layer; it still runs on, and caches, all tokens.
-        targets: visual tokens to keep of each image of the request; an image that has no more
-            than its target is left alone.
-        score: scores an image's tokens; the target's number of largest stay.
-    """
-
-    layer: int
-    targets: tuple[int, ...]
-    score: LayerScorer
+__all__ = ["LayerCut", "LayerRequest", "LayerScorer", "LayerStation", "SampleRows"]
 
 
 @dataclass
@@ -101,6 +47,11 @@ class _Forward:
         copies: batch rows per prompt (beams or returned sequences).
         stage: cuts passed so far.
         rope: position table of the layer that runs now.
+        embeddings: input of layer 0, where a cut asks for it.
+        keep: for each image that this layer cuts, the positions that stay; merged tokens last,
+            each at its carrier's position.
+        groups: for each image with merged tokens, the members of each.
+        scores: of the tokens of an image whose merging waits for the layer's output.
         tables: positions and masks already built, by stage and kind of mask.
     """
 
@@ -109,7 +60,10 @@ class _Forward:
     copies: int
     stage: int = 0
     rope: tuple[Tensor, Tensor] | None = None
+    embeddings: Tensor | None = None
     keep: dict[int, Tensor] = field(default_factory=dict)
+    groups: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
     projections: dict[int, Tensor] = field(default_factory=dict)
     tables: dict[Any, Any] = field(default_factory=dict)
 
@@ -124,7 +78,9 @@ class LayerRequest:
         gaps: the prompt's position ids have gaps already.
 
     Attributes:
-        kept: for each image that was cut, int64 positions among its tokens before the decoder.
+        kept: for each image that was cut, int64 positions among its tokens before the decoder,
+            merged tokens last, each as its carrier.
+        members: for each image with merged tokens, by carrier, the positions of all members.
         cut_layers: decoder layers whose output was cut, in order.
         counts: for each image, its tokens after each of those cuts.
         scored_layers: decoder layers that were scored in the last prefill.
@@ -136,6 +92,7 @@ class LayerRequest:
     ) -> None:
         self.cuts = {cut.layer: cut for cut in sorted(cuts, key=lambda cut: cut.layer)}
         self.kept: dict[int, Tensor] = {}
+        self.members: dict[int, dict[int, tuple[int, ...]]] = {}
         self.cut_layers: list[int] = []
         self.counts: dict[int, list[int]] = {}
         self.scored_layers: list[int] = []
@@ -146,6 +103,7 @@ class LayerRequest:
         # From here on, "uncut" means the prompt as the decoder gets it.
         self._layouts = [PromptLayout.of(layout.mask, layout.blocks, layout.padding_side)]
         self._sources: list[Tensor] = []
+        self._merges: list[list[Merge]] = []
         self._forward: _Forward | None = None
 
     @property
@@ -183,7 +141,10 @@ class LayerRequest:
             self._check_prefill(n_new, cache)
             if n_new == 0:
                 self._restart()
-        self._forward = _Forward(prefill=prefill, n_new=n_new, copies=copies)
+        wanted = any(cut.embeddings for cut in self.cuts.values()) and prefill and n_new == 0
+        self._forward = _Forward(
+            prefill=prefill, n_new=n_new, copies=copies, embeddings=hidden if wanted else None
+        )
 
     def _check_prefill(self, n_new: int, cache: Any) -> None:
         if n_new < 0 or (n_new > 0 and (cache is not None or not self.prefilled)):
@@ -213,7 +174,9 @@ class LayerRequest:
     def _restart(self) -> None:
         del self._layouts[1:]
         self._sources.clear()
+        self._merges.clear()
         self.kept.clear()
+        self.members.clear()
         self.counts.clear()
         self.cut_layers.clear()
         self.scored_layers.clear()
@@ -248,9 +211,7 @@ class LayerRequest:
         changed["attention_mask"] = forward.tables[key]
         if forward.stage > 0:
             if forward.stage not in forward.tables:
-                positions = self._positions(kwargs["position_ids"], layout, hidden)
-                positions = positions.to(hidden.device)
-                forward.tables[forward.stage] = positions, parts.rotary(hidden, positions)
+                forward.tables[forward.stage] = self._positions(kwargs, layout, hidden, parts)
             changed["position_ids"], changed["position_embeddings"] = forward.tables[forward.stage]
             forward.rope = changed["position_embeddings"]
         return args, changed
@@ -271,25 +232,57 @@ class LayerRequest:
             layer_idx=layer,
         )
 
-    def _positions(self, given: Tensor, layout: PromptLayout, hidden: Tensor) -> Tensor:
-        """Position ids [B, L'] of the rows of hidden, from those of the uncut sequence."""
+    def _positions(
+        self,
+        kwargs: Mapping[str, Any],
+        layout: PromptLayout,
+        hidden: Tensor,
+        parts: DecoderParts,
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """Position ids [B, L'] and rotary tables of the rows of hidden, from the uncut ones.
+
+        Original positions are gathered, so that they may be those of several axes (M-RoPE).
+        """
         forward = self._running()
-        given = given.expand(hidden.shape[0], -1)
-        columns = hidden.shape[1]
+        given: Tensor | None = kwargs.get("position_ids")
+        tables: tuple[Tensor, Tensor] = kwargs["position_embeddings"]
+        batch, columns = hidden.shape[:2]
+        origin = None
         if forward.prefill:
-            origin = layout.origin.repeat_interleave(forward.copies, dim=0).to(given.device)
-            given = given.gather(1, origin)
-        if not self._compact:
-            return given
-        shift = layout.shift[:, -columns:].repeat_interleave(forward.copies, dim=0)
-        return (given - shift.to(given.device)).clamp(min=0)
+            origin = layout.origin.repeat_interleave(forward.copies, dim=0).to(hidden.device)
+        if given is not None:
+            given = given.expand(batch, -1)
+            given = given if origin is None else given.gather(1, origin)
+        if self._compact:
+            if given is None:
+                raise UnsupportedError(
+                    "position_ids='compact': this model gives its decoder layers no position ids "
+                    "to renumber. Use position_ids='original'."
+                )
+            shift = layout.shift[:, -columns:].repeat_interleave(forward.copies, dim=0)
+            given = (given - shift.to(given.device)).clamp(min=0).to(hidden.device)
+            return given, parts.rotary(hidden, given)
+        if origin is None:
+            return given, tables
+        cos, sin = (
+            torch.take_along_dim(table.expand(batch, -1, -1), origin.unsqueeze(-1), dim=1)
+            for table in tables
+        )
+        return given, (cos, sin)
 
     # -- cutting ---------------------------------------------------------------------------
 
     def wants(self, layer: int) -> bool:
         """Whether the projections of this layer are needed in this forward."""
+        cut = self._cutting(layer)
+        return cut is not None and cut.score is not None and not cut.lookahead
+
+    def _cutting(self, layer: int) -> LayerCut | None:
+        """The cut that is to be decided at this layer in this forward, if any."""
         forward = self._forward
-        return forward is not None and forward.prefill and forward.n_new == 0 and layer in self.cuts
+        if forward is None or not forward.prefill or forward.n_new > 0:
+            return None
+        return self.cuts.get(layer)
 
     def capture(self, part: int, output: Tensor) -> None:
         """Remember a projection until the layer's attention is done."""
@@ -297,40 +290,74 @@ class LayerRequest:
 
     def observe(self, layer: int, parts: DecoderParts) -> None:
         """Score the blocks of a layer and let go of its projections."""
-        if not self.wants(layer):
-            return
+        if self.wants(layer):
+            self._choose(layer, parts)
+            self._running().projections.clear()
+
+    def _choose(self, layer: int, parts: DecoderParts) -> None:
+        """Decide which tokens of every image stay."""
         forward, cut = self._running(), self.cuts[layer]
         start = time.perf_counter()
-        layout = self._layouts[forward.stage]
-        for sample, blocks in enumerate(layout.blocks):
-            due = [block for block in blocks if len(block) > cut.targets[block.image]]
-            if not due:
-                continue
-            rows = self._rows(sample, layout, parts)
-            for block in due:
-                columns = torch.arange(block.start, block.stop, device=rows.columns.device)
-                score = cut.score(rows, columns).float()
-                keep = top_positions(score, cut.targets[block.image])
-                forward.keep[block.image] = keep.to("cpu")
-        if forward.keep:
+        for sample, blocks in enumerate(self._layouts[forward.stage].blocks):
+            due = [block for block in blocks if cut.due(block.image, len(block))]
+            rows = self._rows(sample, parts) if due and cut.score is not None else None
+            groups = [[block] for block in due] if cut.ratios is None else [due] if due else []
+            for group in groups:
+                self._rank(cut, group, rows)
+        if forward.keep and cut.score is not None:
             self.scored_layers.append(layer)
-        forward.projections.clear()
         self.seconds += time.perf_counter() - start
 
-    def _rows(self, sample: int, layout: PromptLayout, parts: DecoderParts) -> SampleRows:
+    def _rank(self, cut: LayerCut, blocks: Sequence[Block], rows: SampleRows | None) -> None:
+        """Rank the tokens of some blocks of one prompt together and note what stays."""
         forward = self._running()
+        scores = torch.cat([self._score(cut, block, rows) for block in blocks])
+        target = cut.target([b.image for b in blocks], [len(block) for block in blocks])
+        if target == len(scores):
+            return
+        keep = top_positions(scores, target).to("cpu")
+        first = 0
+        for block in blocks:
+            inside = keep[(keep >= first) & (keep < first + len(block))] - first
+            forward.keep[block.image] = inside
+            if cut.recycler is not None:
+                forward.scores[block.image] = scores[first : first + len(block)]
+            first += len(block)
+
+    def _score(self, cut: LayerCut, block: Block, rows: SampleRows | None) -> Tensor:
+        """Scores [V] of one block's tokens."""
+        if cut.score is None or rows is None:
+            fixed = (cut.fixed or {})[block.image]
+            kept = self.kept.get(block.image)
+            return fixed.float() if kept is None else fixed[kept.to(fixed.device)].float()
+        columns = torch.arange(block.start, block.stop, device=rows.columns.device)
+        uncut = next(
+            other
+            for blocks in self._layouts[0].blocks
+            for other in blocks
+            if other.image == block.image
+        )
+        return cut.score(replace(rows, block=block, uncut=uncut), columns).float()
+
+    def _rows(self, sample: int, parts: DecoderParts) -> SampleRows:
+        forward, layout = self._running(), self._layouts[self._running().stage]
         row = sample * forward.copies
-        query, key, value = (forward.projections[part][row] for part in range(3))
+        projections = {part: rows[row] for part, rows in forward.projections.items()}
         cos, sin = cast("tuple[Tensor, Tensor]", forward.rope)
         table = row if cos.shape[0] > 1 else 0
         columns = layout.mask[sample].nonzero().squeeze(1)
+        device = next(iter(projections.values())).device
+        embeddings = forward.embeddings
         return SampleRows(
             last=int(columns[-1]),
             scaling=parts.head_dim**-0.5,
-            columns=columns.to(query.device),
-            _projections=(query, key, value),
-            _rope=(cos[table].to(query.device), sin[table].to(query.device)),
+            columns=columns.to(device),
+            _projections=projections,
+            _rope=(cos[table].to(device), sin[table].to(device)),
             _parts=parts,
+            text=layout.text(sample).to(device),
+            uncut_text=self._layouts[0].text(sample).to(device),
+            _embeddings=None if embeddings is None else embeddings[row],
         )
 
     def leave(self, layer: int, hidden: Tensor, parts: DecoderParts) -> Tensor | None:
@@ -338,7 +365,10 @@ class LayerRequest:
         forward = self._forward
         if forward is None or layer not in self.cuts:
             return None
-        if forward.prefill and forward.n_new == 0:
+        cut = self._cutting(layer)
+        if cut is not None:
+            with torch.no_grad():
+                self._decide_late(layer, cut, hidden, parts)
             return self._first_cut(layer, hidden)
         if layer not in self.cut_layers:
             return None
@@ -349,39 +379,81 @@ class LayerRequest:
         # Without a cache every step runs the whole sequence: cut what the prefill cut.
         width = self._layouts[stage].mask.shape[1]
         new = torch.arange(width, width + forward.n_new).expand(self._sources[stage].shape[0], -1)
-        return _gathered(hidden, torch.cat([self._sources[stage], new], dim=1), forward.copies)
+        source = torch.cat([self._sources[stage], new], dim=1)
+        return cut_rows(hidden, source, self._merges[stage], forward.copies)
+
+    def _decide_late(self, layer: int, cut: LayerCut, hidden: Tensor, parts: DecoderParts) -> None:
+        """What can be decided only with the layer's output: all of a cut with fixed scores or
+        with lookahead, and which dropped tokens are merged."""
+        forward = self._running()
+        if cut.lookahead:
+            # Called from our own hook: no request wants these projections.
+            normed = parts.norms[layer + 1](hidden)
+            for part in (0, 1):
+                forward.projections[part] = parts.projections[layer + 1][part](normed)
+        if cut.lookahead or cut.score is None:
+            self._choose(layer, parts)
+            forward.projections.clear()
+        if cut.recycler is None:
+            return
+        layout = self._layouts[forward.stage]
+        for sample, blocks in enumerate(layout.blocks):
+            for block in blocks:
+                if block.image in forward.scores:
+                    rows = hidden[sample * forward.copies, block.start : block.stop]
+                    scores, keep = forward.scores.pop(block.image), forward.keep[block.image]
+                    groups = [group.to("cpu") for group in cut.recycler(scores, keep, rows)]
+                    carriers = torch.tensor([int(group[0]) for group in groups], dtype=torch.long)
+                    forward.groups[block.image] = groups
+                    forward.keep[block.image] = torch.cat([keep, carriers])
 
     def _first_cut(self, layer: int, hidden: Tensor) -> Tensor | None:
         forward = self._running()
         if not forward.keep:
             return None
         start = time.perf_counter()
-        layout, source = self._layouts[forward.stage].cut(forward.keep)
+        before = self._layouts[forward.stage]
+        layout, source = before.cut(forward.keep)
+        merges = merges_of(before, layout, forward.groups)
         self._layouts.append(layout)
         self._sources.append(source)
+        self._merges.append(merges)
         self.cut_layers.append(layer)
-        for image, keep in forward.keep.items():
-            before = self.kept.get(image)
-            self.kept[image] = keep if before is None else before[keep]
+        self._remember()
         for blocks in layout.blocks:
             for block in blocks:
                 self.counts.setdefault(block.image, []).append(len(block))
         forward.keep.clear()
+        forward.groups.clear()
         forward.stage += 1
-        shorter = _gathered(hidden, source, forward.copies)
+        shorter = cut_rows(hidden, source, merges, forward.copies)
         self.seconds += time.perf_counter() - start
         return shorter
+
+    def _remember(self) -> None:
+        """Note what is left of every image, in positions before the decoder."""
+        forward = self._running()
+        for image, keep in forward.keep.items():
+            kept = self.kept.get(image)
+            own = self.members.setdefault(image, {})
+
+            def origin(position: int, kept: Tensor | None = kept) -> int:
+                return position if kept is None else int(kept[position])
+
+            merged: dict[int, tuple[int, ...]] = {}
+            for group in forward.groups.get(image, ()):
+                ids = [origin(position) for position in group.tolist()]
+                # A member that stood for several tokens itself brings them along.
+                everything = [one for i in ids for one in own.get(i, (i,))]
+                merged[ids[0]] = tuple(sorted(set(everything)))
+            self.kept[image] = keep if kept is None else kept[keep]
+            left = set(self.kept[image].tolist())
+            self.members[image] = {i: m for i, m in own.items() if i in left} | merged
 
     def _running(self) -> _Forward:
         if self._forward is None:
             raise RuntimeError("a decoder layer ran before layer 0")
         return self._forward
-
-
-def _gathered(hidden: Tensor, source: Tensor, copies: int) -> Tensor:
-    """Columns source [B, L'] of hidden [B * copies, L, D]."""
-    rows = source.repeat_interleave(copies, dim=0).to(hidden.device)
-    return torch.take_along_dim(hidden, rows.unsqueeze(-1), dim=1)
 
 
 class LayerStation(LayerHooks[DecoderParts]):

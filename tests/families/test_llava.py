@@ -27,12 +27,19 @@ def test_recognises_its_models(tower: str, text: str) -> None:
     family = family_of(model)
     assert isinstance(family, Llava)
     assert family.tower.has_cls == (tower == "clip")
-    assert family.placeholder_id == tiny.IMAGE_TOKEN
+    assert family.placeholders == {"image": tiny.IMAGE_TOKEN}
     assert family.max_context == 512
     assert family.grid(tiny.images(1)) == (tiny.GRID, tiny.GRID)
-    assert family.tokens_per_image((6, 6)) == tiny.tokens_per_image(model) == 36
+    (visual,) = family.visuals({"pixel_values": tiny.images(1)})
+    assert family.tokens_of(visual) == tiny.tokens_per_image(model) == 36
     assert len(family.decoder.layers) == 4
     assert (family.decoder.heads, family.decoder.kv_heads, family.decoder.head_dim) == (4, 2, 8)
+
+
+def stock(family: Any) -> list[torch.Tensor]:
+    """The features of one image."""
+    inputs = {"pixel_values": tiny.images(1)}
+    return family.stock_features(inputs, family.visuals(inputs))
 
 
 @pytest.mark.parametrize(("index", "layer"), [(-1, 5), (-2, 4), (6, 5), (5, 4), (-6, 0), (1, 0)])
@@ -48,14 +55,14 @@ def test_feature_layer(index: int, layer: int) -> None:
         lambda _, args: projected.append(args[0])
     )
     with torch.no_grad():
-        family.encode(tiny.images(1))
+        stock(family)
     assert torch.equal(outputs[0][:, 1:], projected[0])
 
 
 def test_a_list_of_feature_layers_runs_unpruned_only() -> None:
     family = family_of(tiny.tiny_llava(feature_layer=[-2, -1]))
     with torch.no_grad():
-        assert family.encode(tiny.images(1))[0].shape == (36, 32)
+        assert stock(family)[0].shape == (36, 32)
     with pytest.raises(SettingsError, match="one feature layer"):
         _ = family.feature_layer
 

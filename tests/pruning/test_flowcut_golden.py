@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaModel
 
-from mmlm_efficient.families.llava import decoder_parts, tower_parts
+from mmlm_efficient.families.llava_like import decoder_parts, tower_parts
 from mmlm_efficient.pruning import FlowCut
 from mmlm_efficient.pruning.base import TowerJob
 from mmlm_efficient.pruning.flowcut_scores import query_scores

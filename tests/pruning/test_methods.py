@@ -21,7 +21,7 @@ from mmlm_efficient.pruning import (
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.pruning.flowcut import calibrate_static_schedule
 from mmlm_efficient.pruning.uniform_pruning import even_grid
-from mmlm_efficient.tokens import VisualTokens
+from mmlm_efficient.tokens import TokenPlaces, VisualTokens
 from tests import tiny
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
@@ -54,7 +54,7 @@ NORMALISED: dict[str, tuple[list[float], list[float]]] = {
 
 
 def chosen_at_random(pixels: torch.Tensor) -> list[int]:
-    tokens = VisualTokens(torch.zeros(N, 4), torch.arange(N), (G, G), image=0)
+    tokens = VisualTokens(torch.zeros(N, 4), torch.arange(N), TokenPlaces.grid(G, G), image=0)
     return RandomPruning(keep_tokens=12).select(tokens, 12, pixels).tolist()
 
 
@@ -348,7 +348,7 @@ class TestComposition:
             RandomPruning(keep_tokens=4, position_ids="original"),
         ]
         with pytest.raises(
-            SettingsError, match="'flowcut' has position_ids='compact' and 'random'"
+            SettingsError, match="'flowcut' has position_ids='auto' and 'random'"
         ):
             run(parts, methods)
 

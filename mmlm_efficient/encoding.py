@@ -1,0 +1,393 @@
+"""Station 1, from pixels to the visual tokens of every image: tower, projector, packing.
+
+The tower runs once on all crops of a request. A method may cut patches while it runs (FlowCut),
+reduce the tokens of each crop right behind it (VisionZip, VisPruner), or only look at its last
+layer. What is left is projected and packed as the model packs whole images; with nothing to prune
+the model's own function does all of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmlm_efficient.errors import UnsupportedError
+from mmlm_efficient.families import Family
+from mmlm_efficient.families.base import Visual, padded_stack
+from mmlm_efficient.packing import crop_of_packed, packed_crops, packed_scores
+from mmlm_efficient.pruning.base import PruningMethod, TowerJob
+from mmlm_efficient.pruning.observed import Crop, Observed, ObservePass, Sight
+from mmlm_efficient.stations.packed_tower import PackedTowerStation
+from mmlm_efficient.stations.tower import TowerPass, TowerRun
+from mmlm_efficient.tokens import CLS_INDEX, VisualTokens, top_positions
+
+if TYPE_CHECKING:
+    from mmlm_efficient.prepare import LMMParts
+
+
+@dataclass
+class Encoded:
+    """The unpruned tower's outcome for the images of a request; it may serve several requests.
+
+    Attributes:
+        visuals: the images, then the videos.
+        crops: for each of them its tower runs, whole, in front of the projector; None when only
+            the packed features are there.
+        features: for each of them the packed features [N (+ 1 for CLS), D]; None until needed.
+        sights: what was observed, and at which layer.
+        layer: 0-based tower layer that was observed.
+        pixels: pixel values [n_crops, 3, H, W] of each.
+        tower_s: seconds that the tower took.
+    """
+
+    visuals: tuple[Visual, ...]
+    crops: list[list[Crop]] | None
+    features: list[Tensor] | None
+    sights: frozenset[Sight] = frozenset()
+    layer: int | None = None
+    pixels: list[Tensor] = field(default_factory=list)
+    tower_s: float = 0.0
+
+    def take(self, images: Sequence[int]) -> Encoded:
+        """The same for some of the images, in another order or repeated."""
+
+        def picked(values: Sequence[Any] | None) -> Any:
+            return None if values is None else [values[image] for image in images]
+
+        return Encoded(
+            tuple(picked(self.visuals)),
+            picked(self.crops),
+            picked(self.features),
+            self.sights,
+            self.layer,
+            picked(self.pixels) if self.pixels else [],
+        )
+
+
+@dataclass
+class Tower:
+    """What station 1 gives a request.
+
+    Attributes:
+        tokens: of every image and video, CLS first where the model keeps it.
+        encoded: the unpruned outcome; None when patches were cut while the tower ran.
+        run: the pass that ran, for the report.
+        seconds: "tower_s" and "prune_s".
+    """
+
+    tokens: list[VisualTokens]
+    encoded: Encoded | None
+    run: TowerRun | None
+    seconds: dict[str, float]
+
+
+def encode(
+    parts: LMMParts,
+    inputs: Mapping[str, Any],
+    sights: frozenset[Sight] = frozenset(),
+    layer: int | None = None,
+    *,
+    crops: bool | None = None,
+) -> Encoded:
+    """Run the unpruned tower once, for one or many requests on the same images.
+
+    Args:
+        parts: the model.
+        inputs: model inputs with the images; the prompt is not looked at.
+        sights: what to observe of the tower.
+        layer: 0-based tower layer to observe; None for the one behind the feature.
+        crops: whether the tower's own output is needed; None when something is observed.
+
+    Returns:
+        What `prepare(..., encoded=...)` takes instead of running the tower.
+    """
+    family = parts.family
+    visuals = family.visuals(inputs)
+    start = time.perf_counter()
+    pixels = [family.crop_pixels(inputs, place) for place in range(len(visuals))]
+    if not (bool(sights) if crops is None else crops):
+        features = family.stock_features(inputs, visuals)
+        _finish(features)
+        return Encoded(visuals, None, features, pixels=pixels, tower_s=time.perf_counter() - start)
+    watched = family.feature_layer if layer is None and sights else layer
+    seen: Sequence[Observed] = ()
+    if sights and watched is not None:
+        tower_pass = ObservePass(watched, sights, _merge_unit(family))
+        with _running(parts, tower_pass, visuals):
+            rows = family.run_tower(inputs, visuals)
+        seen = tower_pass.seen
+    else:
+        rows = family.run_tower(inputs, visuals)
+    _finish(rows)
+    whole = _whole_crops(family, visuals, rows, seen)
+    seconds = time.perf_counter() - start
+    return Encoded(visuals, whole, None, sights, watched, pixels, seconds)
+
+
+def run_tower(
+    parts: LMMParts,
+    inputs: Mapping[str, Any],
+    method: PruningMethod | None,
+    sights: frozenset[Sight],
+    layer: int | None,
+    encoded: Encoded | None = None,
+) -> Tower:
+    """Station 1 of one request.
+
+    Args:
+        parts: the model.
+        inputs: model inputs with the images.
+        method: who decides at the tower, if anybody.
+        sights: what this or another method wants to know of the unpruned tower.
+        layer: 0-based tower layer to look at; None for the one behind the feature.
+        encoded: an earlier outcome to use instead of running the tower.
+    """
+    family = parts.family
+    visuals = family.visuals(inputs) if encoded is None else encoded.visuals
+    budgets = [family.tokens_of(visual) for visual in visuals]
+    if method is not None:
+        budgets = crop_budgets(method, family, visuals)
+    busy = method is not None and any(
+        budget < size for budget, size in zip(budgets, _sizes(family, visuals), strict=True)
+    )
+    if method is not None and busy and method.cuts_tower:
+        if encoded is not None:
+            raise UnsupportedError(
+                f"'{method.name}' cuts patches while the tower runs: it cannot use an encoded image"
+            )
+        return _cut_inside(parts, inputs, method, visuals, budgets)
+    condenses = method is not None and busy and method.condenses
+    if encoded is None:
+        encoded = encode(parts, inputs, sights, layer, crops=True if condenses else None)
+    seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}
+    if method is None or not condenses:
+        return Tower(_whole_tokens(family, encoded), encoded, None, seconds)
+    start = time.perf_counter()
+    if not family.packs_pruned:
+        tokens = [
+            _condensed_packed(family, encoded, place, method, budget)
+            for place, budget in enumerate(budgets)
+        ]
+    else:
+        condensed = _condensed(encoded, method, budgets)
+        tokens = _packed(family, visuals, _projected(family, condensed), method)
+    seconds["prune_s"] = time.perf_counter() - start
+    return Tower(tokens, encoded, None, seconds)
+
+
+def crop_budgets(method: PruningMethod, family: Family, visuals: Sequence[Visual]) -> list[int]:
+    """A tower method's budget of every image: tokens of each of its tower runs, CLS counted; of
+    the whole image where nothing can be cut before packing."""
+    return list(method.budgets(_sizes(family, visuals)))
+
+
+def _sizes(family: Family, visuals: Sequence[Visual]) -> list[int]:
+    lead = int(family.keeps_cls)
+    if not family.packs_pruned:
+        return [int((~visual.places.newline).sum()) + lead for visual in visuals]
+    return [max(rows * cols for rows, cols in visual.crop_grids) + lead for visual in visuals]
+
+
+# -- cutting while the tower runs --------------------------------------------------------------
+
+
+def _cut_inside(
+    parts: LMMParts,
+    inputs: Mapping[str, Any],
+    method: PruningMethod,
+    visuals: tuple[Visual, ...],
+    budgets: Sequence[int],
+) -> Tower:
+    """Run the tower under the method's pass and pack what it leaves."""
+    family, lead, unit = parts.family, int(parts.family.keeps_cls), _merge_unit(parts.family)
+    lengths = [rows * cols * unit for visual in visuals for rows, cols in visual.crop_grids]
+    targets = [
+        min((budget - lead) * unit, rows * cols * unit)
+        for visual, budget in zip(visuals, budgets, strict=True)
+        for rows, cols in visual.crop_grids
+    ]
+    score_only = not family.packs_pruned
+    tower_pass = method.tower_pass(
+        TowerJob(
+            targets=tuple([1] * len(lengths) if score_only else targets),
+            n_patches=max(lengths),
+            last_cut_layer=family.last_cut_layer,
+            has_cls=family.tower.has_cls,
+            lengths=tuple(lengths) if unit > 1 else None,
+            merge_unit=unit,
+            score_only=score_only,
+        )
+    )
+    if tower_pass is None:
+        encoded = encode(parts, inputs)
+        seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}
+        return Tower(_whole_tokens(family, encoded), encoded, None, seconds)
+    start = time.perf_counter()
+    with _running(parts, tower_pass, visuals) as run:
+        rows = family.run_tower(inputs, visuals)
+        if isinstance(parts.tower, PackedTowerStation):
+            rows = run.select(torch.cat(rows))
+    _finish(rows)
+    seconds = {"tower_s": time.perf_counter() - start, "prune_s": run.seconds}
+    if score_only:
+        whole = Encoded(visuals, _whole_crops(family, visuals, rows, ()), None)
+        tokens = [
+            _best(one, packed_scores(family, visual, tower_pass.scores, place, visuals), budget)
+            for place, (one, visual, budget) in enumerate(
+                zip(_whole_tokens(family, whole), visuals, budgets, strict=True)
+            )
+        ]
+        return Tower(tokens, None, None, seconds)
+    kept = run.tokens if isinstance(parts.tower, PackedTowerStation) else run.kept
+    crops = []
+    for features, index in zip(rows, kept, strict=True):
+        own = features[: len(index) + int(family.tower.has_cls)]
+        crops.append(_crop(family, own, index.to("cpu"), None))
+    grouped = _grouped(visuals, crops)
+    return Tower(_packed(family, visuals, _projected(family, grouped), method), None, run, seconds)
+
+
+def _best(tokens: VisualTokens, scores: Tensor, budget: int) -> VisualTokens:
+    """The best tokens of a packed image; newlines score -inf."""
+    return tokens.take(top_positions(scores.to("cpu"), budget))
+
+
+# -- reducing behind the tower -----------------------------------------------------------------
+
+
+def _condensed(encoded: Encoded, method: PruningMethod, budgets: Sequence[int]) -> list[list[Crop]]:
+    """Every crop of every image reduced to its image's budget."""
+    return [
+        [method.condense(crop, budget) if budget < len(crop) else crop for crop in own]
+        for own, budget in zip(encoded.crops or [], budgets, strict=True)
+    ]
+
+
+def _condensed_packed(
+    family: Family, encoded: Encoded, place: int, method: PruningMethod, budget: int
+) -> VisualTokens:
+    """An image that is packed first, reduced as one crop without its newlines."""
+    tokens = _whole_tokens(family, encoded.take([place]))[0]
+    visual, crops = encoded.visuals[place], (encoded.crops or [])[place]
+    crop = crop_of_packed(family, visual, tokens, crops)
+    if budget < len(crop):
+        crop = method.condense(crop, budget)
+    return VisualTokens(crop.features, crop.index, visual.places, place, crop.members)
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _merge_unit(family: Family) -> int:
+    return int(getattr(family.tower, "merge_unit", 1))
+
+
+def _running(parts: LMMParts, tower_pass: TowerPass, visuals: Sequence[Visual]) -> Any:
+    """The tower station with a pass, in this thread."""
+    station = parts.tower
+    if isinstance(station, PackedTowerStation):
+        side = int(_merge_unit(parts.family) ** 0.5)
+        grids = [grid for visual in visuals for grid in visual.crop_grids]
+        return station.running(tower_pass, [(rows * side, cols * side) for rows, cols in grids])
+    return station.running(tower_pass)
+
+
+def _finish(features: Sequence[Tensor]) -> None:
+    """Wait for the device, so that the clock tells the tower's own time."""
+    if features and features[0].is_cuda:
+        torch.cuda.synchronize(features[0].device)
+
+
+def _crop(family: Family, rows: Tensor, index: Tensor, observed: Observed | None) -> Crop:
+    """A crop of tower rows, CLS first where the tower has one; CLS stays a token if the model
+    keeps it."""
+    lead = int(family.tower.has_cls)
+    cls = rows[0] if lead else None
+    if family.keeps_cls:
+        return Crop(rows, torch.cat([torch.tensor([CLS_INDEX]), index]), observed, cls)
+    return Crop(rows[lead:], index, observed, cls)
+
+
+def _whole_crops(
+    family: Family,
+    visuals: Sequence[Visual],
+    rows: Sequence[Tensor],
+    seen: Sequence[Observed],
+) -> list[list[Crop]]:
+    lead = int(family.tower.has_cls)
+    crops = [
+        _crop(family, own, torch.arange(len(own) - lead), seen[place] if seen else None)
+        for place, own in enumerate(rows)
+    ]
+    return _grouped(visuals, crops)
+
+
+def _grouped(visuals: Sequence[Visual], crops: Sequence[Crop]) -> list[list[Crop]]:
+    """Crops by the image that they belong to."""
+    grouped, first = [], 0
+    for visual in visuals:
+        grouped.append(list(crops[first : first + visual.n_crops]))
+        first += visual.n_crops
+    return grouped
+
+
+def _projected(family: Family, crops: Sequence[Sequence[Crop]]) -> list[list[Crop]]:
+    """Crops behind the projector, all projected together."""
+    flat = [crop for own in crops for crop in own]
+    if not flat:
+        return [[] for _ in crops]
+    if len({len(crop) for crop in flat}) == 1:
+        projected = family.project(torch.stack([crop.features for crop in flat]))
+    else:
+        projected = family.project(padded_stack([crop.features for crop in flat]))
+    rows = iter(projected)
+    return [
+        [
+            Crop(next(rows)[: len(crop)], crop.index, crop.observed, crop.cls, crop.members)
+            for crop in own
+        ]
+        for own in crops
+    ]
+
+
+def _packed(
+    family: Family,
+    visuals: Sequence[Visual],
+    crops: Sequence[Sequence[Crop]],
+    method: PruningMethod,
+) -> list[VisualTokens]:
+    newlines = bool(getattr(method, "keep_newlines", False))
+    return [
+        packed_crops(visual, own, place, family.newline, keep_newlines=newlines)
+        for place, (visual, own) in enumerate(zip(visuals, crops, strict=True))
+    ]
+
+
+def _whole_tokens(family: Family, encoded: Encoded) -> list[VisualTokens]:
+    """All tokens of every image, as the model packs them."""
+    if encoded.features is None:
+        projected = _projected(family, encoded.crops or [])
+        encoded.features = [
+            _stock_packed(family, visual, own)
+            for visual, own in zip(encoded.visuals, projected, strict=True)
+        ]
+    cls = torch.full((int(family.keeps_cls),), CLS_INDEX)
+    return [
+        VisualTokens(
+            features, torch.cat([cls, torch.arange(len(visual.places))]), visual.places, place
+        )
+        for place, (features, visual) in enumerate(
+            zip(encoded.features, encoded.visuals, strict=True)
+        )
+    ]
+
+
+def _stock_packed(family: Family, visual: Visual, crops: Sequence[Crop]) -> Tensor:
+    values = torch.stack([crop.features for crop in crops])
+    newline = family.newline
+    return family.pack(values, visual, None if newline is None else newline.to(values))

@@ -1,0 +1,189 @@
+"""LLaVA-OneVision: ``LlavaOnevisionForConditionalGeneration`` of transformers.
+
+A single image is an overview and tiles, resized to at most nine tiles' worth of tokens
+(anyres_max_9), with a newline per row. Images of a prompt with several are one grid and a newline
+each. A video is its frames, each pooled to half the rows and columns, and one newline at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+from mmlm_efficient.errors import PromptError
+from mmlm_efficient.families.anyres import anyres_places
+from mmlm_efficient.families.base import Kind, Visual
+from mmlm_efficient.families.llava_like import LlavaLike
+from mmlm_efficient.tokens import TokenPlaces
+
+
+class LlavaOnevision(LlavaLike):
+    """The ``llava_onevision`` family; see the module's description."""
+
+    name: ClassVar[str] = "llava_onevision"
+    model_type: ClassVar[str] = "llava_onevision"
+    describes: ClassVar[str] = (
+        "LlavaOnevisionForConditionalGeneration with a SigLIP or CLIP tower and a Qwen2, Llama or "
+        "Mistral text model"
+    )
+    consumed: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "batch_num_images",
+        "pixel_values_videos",
+        "image_sizes_videos",
+    )
+    packs_pruned: ClassVar[bool] = False
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        """The image and the video token of the config."""
+        config = self.model.config
+        return {"image": int(config.image_token_id), "video": int(config.video_token_id)}
+
+    @property
+    def feature_arguments(self) -> Mapping[str, Any]:
+        """The config's layer, feature selection and aspect ratio rule."""
+        ratio = self.model.config.vision_aspect_ratio
+        return {**super().feature_arguments, "vision_aspect_ratio": ratio}
+
+    def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
+        """Images by image_sizes [n, 2] (height, width), then videos."""
+        return (*self._images(inputs), *self._videos(inputs))
+
+    def _images(self, inputs: Mapping[str, Any]) -> list[Visual]:
+        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+        if pixels is None:
+            return []
+        if pixels.ndim not in (4, 5) or sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2:
+            shape = None if sizes is None else list(sizes.shape)
+            raise PromptError(
+                "pixel_values must have shape [n_images, crops, 3, height, width] and image_sizes "
+                f"[n_images, 2], got {list(pixels.shape)} and {shape}. Give what the processor "
+                "returns."
+            )
+        config, per_prompt = self.model.config, inputs.get("batch_num_images")
+        tiled = [True] * len(sizes)
+        if per_prompt is not None:
+            tiled = [n == 1 for n in per_prompt.tolist() for _ in range(int(n))]
+        if len(tiled) != len(sizes):
+            raise PromptError(
+                f"batch_num_images adds up to {len(tiled)} image(s), but image_sizes has "
+                f"{len(sizes)}. Give what the processor returns."
+            )
+        found = []
+        for size, tiles in zip(sizes.tolist(), tiled, strict=True):
+            count = 1
+            if tiles:
+                count = image_size_to_num_patches(
+                    size, config.image_grid_pinpoints, config.vision_config.image_size
+                )
+            found.append(self._image(int(count), tuple(size)))
+        return found
+
+    def _image(self, count: int, size: tuple[int, int]) -> Visual:
+        def pack(values: Tensor, newline: Tensor) -> Tensor:
+            return self._packed(values, size, newline)
+
+        places = anyres_places(pack, count, self.config_grid, exact=False)
+        return Visual("image", (self.config_grid,) * count, places, size)
+
+    def _videos(self, inputs: Mapping[str, Any]) -> list[Visual]:
+        pixels = inputs.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        if pixels.ndim != 5:
+            raise PromptError(
+                "pixel_values_videos must have shape [n_videos, frames, 3, height, width], got "
+                f"{list(pixels.shape)}"
+            )
+        frames = pixels.shape[1]
+        rows, cols = (-(-side // 2) for side in self.config_grid)
+        index = torch.arange(frames * rows * cols + 1)
+        within = index % (rows * cols)
+        newline = torch.zeros(len(index), dtype=torch.bool)
+        newline[-1] = True
+        places = TokenPlaces(
+            source=index // (rows * cols),
+            row=within // cols,
+            col=within % cols,
+            newline=newline,
+            shapes=((rows, cols),) * frames,
+            crop=None,
+            patch=None,
+            video=True,
+        )
+        return [Visual("video", (self.config_grid,) * frames, places)] * len(pixels)
+
+    def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
+        """The crops of all images, then the frames of all videos."""
+        pixels, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
+        parts = []
+        if pixels is not None:
+            images = [visual for visual in visuals if visual.kind == "image"]
+            if pixels.ndim == 4:
+                parts.append(pixels)
+            else:
+                pairs = zip(pixels, images, strict=True)
+                parts.extend(own[: visual.n_crops] for own, visual in pairs)
+        if videos is not None:
+            parts.append(videos.flatten(0, 1))
+        return torch.cat(parts)
+
+    def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The model's own ``get_image_features`` and ``get_video_features``."""
+        model, features = self.model.model, []
+        if inputs.get("pixel_values") is not None:
+            outputs = model.get_image_features(
+                inputs["pixel_values"],
+                inputs["image_sizes"],
+                batch_num_images=inputs.get("batch_num_images"),
+                return_dict=True,
+            )
+            features.extend(outputs.pooler_output)
+        if inputs.get("pixel_values_videos") is not None:
+            outputs = model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
+            features.extend(outputs.pooler_output)
+        return features
+
+    @property
+    def newline(self) -> Tensor:
+        """``image_newline``."""
+        embedding: Tensor = self.model.model.image_newline
+        return embedding
+
+    def pack(self, values: Tensor, visual: Visual, newline: Tensor | None) -> Tensor:
+        """The model's own ``pack_image_features`` and ``apply_pooling``."""
+        if newline is None:
+            newline = values.new_zeros(values.shape[-1])
+        if visual.kind == "image":
+            return self._packed(values, visual.size or (1, 1), newline)
+        pooled: Tensor = self.model.model.apply_pooling(values)
+        return torch.cat([pooled.flatten(0, 1), newline[None].to(pooled)])
+
+    def _packed(self, values: Tensor, size: tuple[int, int], newline: Tensor) -> Tensor:
+        packed, _ = self.model.model.pack_image_features(
+            [values],
+            [list(size)],
+            image_newline=newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        result: Tensor = packed[0]
+        return result
+
+    def wrap_features(self, features: Sequence[Tensor], kinds: Sequence[Kind]) -> dict[str, Any]:
+        """Images as a list; the model flattens videos, so that their counts may differ."""
+        images = [one for one, kind in zip(features, kinds, strict=True) if kind == "image"]
+        videos = [one for one, kind in zip(features, kinds, strict=True) if kind == "video"]
+        wrapped: dict[str, Any] = {}
+        if images:
+            wrapped["image"] = BaseModelOutputWithPooling(pooler_output=cast(Any, images))
+        if videos:
+            joined = cast(Any, torch.cat(videos)[None])
+            wrapped["video"] = BaseModelOutputWithPooling(pooler_output=joined)
+        return wrapped

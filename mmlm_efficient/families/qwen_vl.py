@@ -1,0 +1,210 @@
+"""Qwen2-VL and Qwen2.5-VL: their ``...ForConditionalGeneration`` of transformers.
+
+The tower takes images of any size as one packed sequence; a merger makes one token of every 2x2
+square of patches. A token's position in the language model has three axes, time, row and column
+(M-RoPE): kept tokens keep those that they have in the full grid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmlm_efficient.errors import PromptError
+from mmlm_efficient.families.base import DecoderParts, Family, Kind, Visual
+from mmlm_efficient.families.llava_like import decoder_parts
+from mmlm_efficient.stations.packed_tower import PackedTowerParts, packed_tower_parts
+from mmlm_efficient.tokens import TokenPlaces
+
+
+class Qwen2VL(Family):
+    """The ``qwen2_vl`` family; see the module's description."""
+
+    name: ClassVar[str] = "qwen2_vl"
+    model_type: ClassVar[str] = "qwen2_vl"
+    describes: ClassVar[str] = "Qwen2VLForConditionalGeneration"
+    consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    axes: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """Whether the config is of this model type."""
+        return getattr(config, "model_type", None) == cls.model_type
+
+    @cached_property
+    def tower(self) -> PackedTowerParts:
+        """The packed vision transformer."""
+        return packed_tower_parts(self.model.model.visual)
+
+    @cached_property
+    def decoder(self) -> DecoderParts:
+        """The text model, a Qwen2 with M-RoPE."""
+        return decoder_parts(self.model.model.language_model, head=self.model)
+
+    @property
+    def placeholders(self) -> Mapping[Kind, int]:
+        """The image and the video token of the config."""
+        config = self.model.config
+        return {"image": int(config.image_token_id), "video": int(config.video_token_id)}
+
+    @property
+    def feature_layer(self) -> int:
+        """The last block: the merger takes its output."""
+        return len(self.tower.layers) - 1
+
+    @property
+    def last_cut_layer(self) -> int:
+        """The last block too: all blocks run before the last cut."""
+        return self.feature_layer
+
+    @property
+    def config_grid(self) -> tuple[int, int]:
+        """Images have any size; one square of the merger is the smallest."""
+        return 1, 1
+
+    @property
+    def feature_arguments(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+    def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
+        """One per row of image_grid_thw, then of video_grid_thw."""
+        images = self._of_kind("image", inputs, "pixel_values", "image_grid_thw")
+        videos = self._of_kind("video", inputs, "pixel_values_videos", "video_grid_thw")
+        return (*images, *videos)
+
+    def _of_kind(
+        self, kind: Kind, inputs: Mapping[str, Any], pixels_name: str, grid_name: str
+    ) -> list[Visual]:
+        pixels, grids = inputs.get(pixels_name), inputs.get(grid_name)
+        if pixels is None:
+            return []
+        if grids is None or grids.ndim != 2 or grids.shape[1] != 3:
+            shape = None if grids is None else list(grids.shape)
+            raise PromptError(
+                f"{grid_name}: expected [n, 3] (temporal steps, rows, columns) beside "
+                f"{pixels_name}, got {shape}. Give what the processor returns."
+            )
+        total = int(grids.prod(dim=-1).sum())
+        if len(pixels) != total:
+            raise PromptError(
+                f"{pixels_name} holds {len(pixels)} patches, but {grid_name} {grids.tolist()} "
+                f"asks for {total}. Give what the processor returns."
+            )
+        side = int(self.model.config.vision_config.spatial_merge_size)
+        return [
+            _visual(kind, steps, rows // side, cols // side) for steps, rows, cols in grids.tolist()
+        ]
+
+    def crop_pixels(self, inputs: Mapping[str, Any], visual: int) -> Tensor:
+        """The picture of every temporal step [steps, 3, H, W], put together from its patches."""
+        pixels, grids = self._patches(inputs)
+        sizes = grids.prod(dim=-1).tolist()
+        own = torch.split(pixels, sizes)[visual]
+        config = self.model.config.vision_config
+        side, patch = int(config.spatial_merge_size), int(config.patch_size)
+        steps, rows, cols = grids[visual].tolist()
+        channels = int(config.in_channels)
+        # Of the frames that a temporal step joins, the first.
+        cells = own.view(steps, rows // side, cols // side, side, side, channels, -1, patch, patch)
+        cells = cells[:, :, :, :, :, :, 0].permute(0, 5, 1, 3, 6, 2, 4, 7)
+        return cells.reshape(steps, channels, rows * patch, cols * patch)
+
+    def _patches(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Patches [S, P] and grids [n, 3] of all images, then all videos."""
+        pairs = [
+            (inputs[pixels], inputs[grid])
+            for pixels, grid in (
+                ("pixel_values", "image_grid_thw"),
+                ("pixel_values_videos", "video_grid_thw"),
+            )
+            if inputs.get(pixels) is not None
+        ]
+        pixels, grids = zip(*pairs, strict=True)
+        return torch.cat(pixels), torch.cat(grids)
+
+    def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The model's own ``get_image_features`` and ``get_video_features``."""
+        model, features = self.model.model, []
+        if inputs.get("pixel_values") is not None:
+            outputs = model.get_image_features(
+                inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
+            )
+            features.extend(outputs.pooler_output)
+        if inputs.get("pixel_values_videos") is not None:
+            outputs = model.get_video_features(
+                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+            )
+            features.extend(outputs.pooler_output)
+        return features
+
+    def run_tower(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The merger's output, one tensor per temporal step."""
+        pixels, grids = self._patches(inputs)
+        tower = self.model.model.visual
+        outputs = tower(pixels.type(tower.dtype), grid_thw=grids, return_dict=True)
+        sizes = [rows * cols for visual in visuals for rows, cols in visual.crop_grids]
+        return list(torch.split(outputs.pooler_output, sizes))
+
+    def project(self, features: Tensor) -> Tensor:
+        """The merger has projected them already."""
+        return features
+
+    def pack(self, values: Tensor, visual: Visual, newline: Tensor | None) -> Tensor:
+        """Temporal steps one behind the other."""
+        return values.flatten(0, 1)
+
+    def position_axes(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The model's own ``get_rope_index`` of the uncut prompt."""
+        given = inputs.get("position_ids")
+        if isinstance(given, Tensor) and given.ndim == 3:
+            return given[-3:]
+        kinds = inputs.get("mm_token_type_ids")
+        if kinds is None:
+            raise PromptError(
+                "mm_token_type_ids are missing: positions of images along rows and columns "
+                "cannot be told. Give what the processor returns beside input_ids."
+            )
+        index: Any = self.model.model.get_rope_index
+        names = set(inspect.signature(index).parameters) - {"self", "kwargs"}
+        positions, _ = index(**{name: inputs[name] for name in names if name in inputs})
+        return cast("Tensor", positions)
+
+    def wrap_features(self, features: Sequence[Tensor], kinds: Sequence[Kind]) -> dict[str, Any]:
+        """Lists of tensors per kind, as the tower's output is split."""
+        wrapped: dict[str, Any] = {}
+        for kind in dict.fromkeys(kinds):
+            own = [one for one, other in zip(features, kinds, strict=True) if other == kind]
+            wrapped[kind] = BaseModelOutputWithPooling(pooler_output=cast(Any, own))
+        return wrapped
+
+
+class Qwen2_5VL(Qwen2VL):
+    """The ``qwen2_5_vl`` family: as Qwen2-VL, with window attention in most tower layers."""
+
+    name: ClassVar[str] = "qwen2_5_vl"
+    model_type: ClassVar[str] = "qwen2_5_vl"
+    describes: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
+
+
+def _visual(kind: Kind, steps: int, rows: int, cols: int) -> Visual:
+    """An image or video of some temporal steps of rows x cols tokens."""
+    index = torch.arange(steps * rows * cols)
+    step, patch = index // (rows * cols), index % (rows * cols)
+    places = TokenPlaces(
+        source=step,
+        row=patch // cols,
+        col=patch % cols,
+        newline=torch.zeros(len(index), dtype=torch.bool),
+        shapes=((rows, cols),) * steps,
+        crop=step,
+        patch=patch,
+        video=kind == "video",
+    )
+    return Visual(kind, ((rows, cols),) * steps, places)

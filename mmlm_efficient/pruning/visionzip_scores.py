@@ -1,0 +1,163 @@
+"""The maths of VisionZip, without any model: dominant patches, and the rest merged into a few.
+
+Source: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467,
+and its reference code (dvlab-research/VisionZip, Apache-2.0), whose numbers these functions
+reproduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.pruning.attention_scores import float_products
+from mmlm_efficient.tokens import top_positions
+
+
+@dataclass(frozen=True)
+class Zipped:
+    """What VisionZip makes of the patches of one image: N patches, Q of them not dominant.
+
+    Attributes:
+        dominant: int64 [M], dominant patches, ascending (the CLS token is the caller's).
+        remaining: int64 [Q], all other patches, ascending.
+        anchors: int64 [R], the remaining patches that absorb the others, ascending.
+        assignment: int64 [Q], contextual token 0..R-1 that each remaining patch belongs to, its own
+            for an anchor; -1 everywhere when R = 0 (the remaining patches are dropped).
+        contextual: [R, C] contextual tokens in anchor order, in the dtype of the features.
+    """
+
+    dominant: Tensor
+    remaining: Tensor
+    anchors: Tensor
+    assignment: Tensor
+    contextual: Tensor
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """Patches of each contextual token, its anchor included, ascending."""
+        return group_members(self.remaining, self.assignment, len(self.anchors))
+
+
+def group_members(positions: Tensor, group: Tensor, n_groups: int) -> tuple[tuple[int, ...], ...]:
+    """Positions of each group, in their given order.
+
+    Args:
+        positions: int64 [P]; group: int64 [P] in 0..n_groups-1.
+        n_groups: how many groups.
+
+    Example:
+        >>> group_members(torch.tensor([3, 5, 8]), torch.tensor([1, 0, 1]), 2)
+        ((5,), (3, 8))
+    """
+    positions, group = positions.cpu(), group.cpu()
+    return tuple(tuple(positions[group == number].tolist()) for number in range(n_groups))
+
+
+def group_sums(rows: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each group, and the groups' sizes.
+
+    Args:
+        rows: [P, C]; group: int64 [P] in 0..n_groups-1.
+        n_groups: how many groups, at least 1.
+
+    Returns:
+        float32 [n_groups, C] sums and float32 [n_groups, 1] counts.
+
+    Example:
+        >>> sums, counts = group_sums(torch.ones(3, 1), torch.tensor([1, 0, 1]), 2)
+        >>> sums.tolist(), counts.tolist()
+        ([[1.0], [2.0]], [[1.0], [2.0]])
+    """
+    # A product, unlike index_add, is deterministic on every device.
+    one_hot = functional.one_hot(group, n_groups).float()
+    return float_products("pg,pc->gc", one_hot, rows), one_hot.sum(dim=0).unsqueeze(1)
+
+
+def zip_tokens(
+    attention: Tensor, keys: Tensor, features: Tensor, dominant: int, contextual: int
+) -> Zipped:
+    """Keep the dominant patches and merge the others into contextual tokens.
+
+    Evenly spaced remaining patches are anchors; every other one joins the anchor with the largest
+    key cosine. A contextual token is its anchor's feature plus the mean of its members' features.
+
+    Args:
+        attention: [N] the relay token's attention to each patch (CLS left out), mean or sum of
+            heads.
+        keys: [N, d] head-mean keys of the same layer, unscaled.
+        features: [N, C] patch features.
+        dominant: patches to keep as they are, at least 0; CLS not counted.
+        contextual: merged tokens, at least 0; dominant + contextual <= N.
+
+    Returns:
+        The dominant patches, and the contextual tokens with their members. Ties: the larger value
+        first, then the lower index.
+
+    Raises:
+        SettingsError: the counts are negative or exceed the patches.
+        ValueError: attention, keys and features are of different lengths.
+    """
+    n_patches = len(features)
+    if attention.shape != (n_patches,) or len(keys) != n_patches:
+        raise ValueError(
+            f"attention {list(attention.shape)} and keys {list(keys.shape)} must have one row for "
+            f"each of the {n_patches} patches (no CLS)"
+        )
+    if min(dominant, contextual) < 0 or dominant + contextual > n_patches:
+        raise SettingsError(
+            f"VisionZip cannot make {dominant} dominant and {contextual} contextual tokens of "
+            f"{n_patches} patches: both must be >= 0 and their sum at most {n_patches}; lower the "
+            "budget"
+        )
+    kept = top_positions(attention.detach().float(), dominant)
+    is_rest = torch.ones(n_patches, dtype=torch.bool, device=kept.device)
+    rest = is_rest.index_fill_(0, kept, False).nonzero().squeeze(1)
+    if contextual == 0:
+        return Zipped(kept, rest, rest[:0], torch.full_like(rest, -1), features[:0])
+
+    step = max(1, len(rest) // contextual)
+    places = torch.arange(contextual, device=rest.device) * step
+    units = functional.normalize(keys.detach().float()[rest], dim=1)
+    group = float_products("qd,rd->qr", units, units[places]).argmax(dim=1)
+    group[places] = torch.arange(contextual, device=rest.device)
+
+    is_member = torch.ones_like(rest, dtype=torch.bool).index_fill_(0, places, False)
+    sums, counts = group_sums(features[rest[is_member]], group[is_member], contextual)
+    merged = features[rest[places]].float() + sums / counts.clamp(min=1)
+    return Zipped(kept, rest, rest[places], group, merged.to(features.dtype))
+
+
+def split_budget(tokens: int, has_cls: bool = True) -> tuple[int, int]:
+    """Split a budget into dominant and contextual tokens.
+
+    The published presets (162 + 30, 108 + 20, 54 + 10, 27 + 5) have 10 contextual tokens in 64, a
+    ratio of 5.4 : 1. So the contextual share is 10/64 of the budget, rounded to the nearest integer
+    (half to even), but at least 1 as soon as the budget holds two patches: from 3 tokens on with
+    CLS, from 2 on without.
+
+    Args:
+        tokens: tokens of one image, at least 1, CLS included if the tower has one.
+        has_cls: whether the first dominant token is CLS.
+
+    Returns:
+        (dominant, contextual); they sum to tokens. The dominant ones include CLS if there is one.
+
+    Raises:
+        SettingsError: tokens is below 1.
+
+    Example:
+        >>> [split_budget(tokens) for tokens in (192, 64, 3, 1)]
+        [(162, 30), (54, 10), (2, 1), (1, 0)]
+        >>> split_budget(2, has_cls=False)
+        (1, 1)
+    """
+    if tokens < 1:
+        raise SettingsError(f"VisionZip needs a budget of at least 1 token per image, got {tokens}")
+    patches = tokens - int(has_cls)
+    contextual = max(round(tokens * 10 / 64), 1) if patches >= 2 else 0
+    return tokens - contextual, contextual

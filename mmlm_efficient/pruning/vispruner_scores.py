@@ -1,0 +1,84 @@
+"""The maths of VisPruner, without any model: important patches, and diverse ones among the rest.
+
+Source: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
+arXiv 2412.01818, and the list order of its reference code (Theia-4869/VisPruner, Apache-2.0), whose
+indices this module reproduces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.pruning.attention_scores import float_products
+
+_STEP = 8
+"""Most patches that one round of pairwise comparison removes."""
+
+
+def important_and_diverse(
+    attention: Tensor, features: Tensor, keep: int, important_ratio: float
+) -> Tensor:
+    """The patches that VisPruner keeps.
+
+    The int(keep * important_ratio) patches with the most attention stay. From the rest, in
+    descending attention order, rounds of bipartite matching remove those that resemble another one
+    most, until keep are left in all. In the reference an odd list, or a round that wants to remove
+    more patches than it compares, fails; here the first half takes the odd place, and a round
+    removes at most that half.
+
+    Args:
+        attention: [N] the relay token's attention to each patch (CLS left out).
+        features: [N, C] patch features before the projector.
+        keep: how many to keep, 1..N.
+        important_ratio: share of keep chosen by attention, in [0, 1].
+
+    Returns:
+        int64 [keep], ascending. Ties: the larger value first, then the earlier place in the list.
+
+    Raises:
+        SettingsError: keep or important_ratio is out of range.
+        ValueError: attention and features are of different lengths.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
+        >>> important_and_diverse(torch.tensor([0.4, 0.3, 0.2, 0.1]), features, 3, 0.4).tolist()
+        [0, 2, 3]
+    """
+    n_patches = len(features)
+    if attention.shape != (n_patches,):
+        raise ValueError(
+            f"attention {list(attention.shape)} must have one value for each of the {n_patches} "
+            "patches (no CLS)"
+        )
+    if not 1 <= keep <= n_patches:
+        raise SettingsError(
+            f"VisPruner cannot keep {keep} of {n_patches} patches: give a number in 1..{n_patches}"
+        )
+    if not 0.0 <= important_ratio <= 1.0:
+        raise SettingsError(f"important_ratio must be in [0, 1], got {important_ratio}")
+    order = torch.sort(attention.detach().float(), descending=True, stable=True).indices
+    n_important = int(keep * important_ratio)
+    important, rest = order[:n_important], order[n_important:]
+    places = _diverse_places(features.detach()[rest], keep - n_important)
+    return torch.sort(torch.cat([important, rest[places]])).values
+
+
+def _diverse_places(features: Tensor, count: int) -> Tensor:
+    """Places of the list [R, C] that survive the rounds, int64 [count]."""
+    places = torch.arange(len(features), device=features.device)
+    if count == 0:
+        return places[:0]
+    units = functional.normalize(features.float(), dim=1)
+    cosine = float_products("id,jd->ij", units, units)
+    while len(places) > count:
+        first, second = places[0::2], places[1::2]
+        score = cosine[first.unsqueeze(1), second].amax(dim=1)
+        remove = min(_STEP, len(places) - count, len(first))
+        # The most alike lead the list and are cut; the survivors keep this order, which decides
+        # the halves of the next round.
+        alike = torch.sort(score, descending=True, stable=True).indices
+        places = torch.cat([first[alike[remove:]], second])
+    return places
