@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mmlm_efficient.pruning.no_pruning import NoPruning as NoPruning
     from mmlm_efficient.pruning.random_pruning import RandomPruning as RandomPruning
     from mmlm_efficient.pruning.uniform_pruning import UniformPruning as UniformPruning
+    from mmlm_efficient.pruning.vflowopt import VFlowOpt as VFlowOpt
     from mmlm_efficient.settings import Config as Config
     from mmlm_efficient.settings import load_config as load_config
     from mmlm_efficient.tokens import ImageReport as ImageReport
@@ -58,6 +59,7 @@ _HOMES = {
     "SettingsError": "errors",
     "UniformPruning": "pruning.uniform_pruning",
     "UnsupportedError": "errors",
+    "VFlowOpt": "pruning.vflowopt",
     "Usage": "answers",
     "load": "loading",
     "load_config": "settings",

@@ -56,6 +56,7 @@ def reduced(
             budget=max(0, budget - n_cls),
             pixels=_pixels(family, tower, inputs, image),
             pack=_packer(family, visuals[image]),
+            identity=parts.identity,
             stats=parts.image_stats,
         )
         fewer = method.reduce(patches, scene)

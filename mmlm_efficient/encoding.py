@@ -162,6 +162,8 @@ def run_tower(
             )
         return _cut_inside(parts, inputs, method, visuals, budgets)
     condenses = method is not None and busy and method.condenses
+    if method is not None and method.condenses and not busy:
+        sights = frozenset()
     if encoded is None:
         encoded = encode(parts, inputs, sights, layer, crops=True if condenses else None)
     seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}

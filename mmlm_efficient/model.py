@@ -103,7 +103,7 @@ class EfficientLMM:
         self.model = model
         self.processor = processor
         self.name = name or type(model).__name__
-        self._parts = LMMParts(model, _image_stats(processor))
+        self._parts = LMMParts(model, _image_stats(processor), self.name)
         try:
             self._methods = self._checked(methods)
         except Exception:

@@ -27,6 +27,7 @@ from mmlm_efficient.bridging import cut_prompt, reduced
 from mmlm_efficient.encoding import Encoded, run_tower
 from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
+from mmlm_efficient.families.base import Identity
 from mmlm_efficient.inputs import needs_stock, uncut_layout
 from mmlm_efficient.pruning.base import LayerJob, Method, PruningMethod
 from mmlm_efficient.reports import CropRuns, image_report
@@ -53,12 +54,15 @@ class LMMParts:
         model: a transformers model of a supported family.
         image_stats: the image processor's (mean, std) per channel, for methods that look at
             8-bit pixels; None when it is not known.
+        name: what the model was loaded as, for settings that belong to one model.
 
     Raises:
         UnsupportedError: no family knows the model.
     """
 
-    def __init__(self, model: Any, image_stats: ImageStats | None = None) -> None:
+    def __init__(
+        self, model: Any, image_stats: ImageStats | None = None, name: str | None = None
+    ) -> None:
         self.model = model
         self.family: Family = family_of(model)
         tower = self.family.tower
@@ -69,6 +73,7 @@ class LMMParts:
         )
         self.layer = LayerStation(self.family.decoder)
         self.image_stats = image_stats
+        self.identity: Identity = self.family.identity(name or type(model).__name__)
 
     def close(self) -> None:
         """Remove all hooks: the model is stock again. Safe to call twice."""
@@ -319,7 +324,12 @@ def _encode(prepared: Prepared, encoded: Encoded | None) -> None:
     """Stations "tower" and "bridge": the tokens of every image that enter the language model."""
     parts, inputs = prepared.parts, prepared._inputs
     bridge = _owner(prepared, "bridge")
-    watching = [m for m in prepared.methods if isinstance(m, PruningMethod) and m.observes]
+    stock = prepared._n_stock
+    watching = [
+        method
+        for method in prepared.methods
+        if isinstance(method, PruningMethod) and method.observes and not method.idle(stock)
+    ]
     sights = watching[0].observes if watching else frozenset()
     layer = watching[0].observed_layer(parts.family) if watching else None
     tower = run_tower(parts, inputs, _owner(prepared, "tower"), sights, layer, encoded)
@@ -366,6 +376,7 @@ def _plan_layers(prepared: Prepared) -> None:
             stock=prepared._n_stock,
             samples=samples_of(prepared.layout, len(prepared.tokens)),
             n_layers=len(family.decoder.layers),
+            identity=prepared.parts.identity,
         )
         cuts = [
             cut

@@ -16,7 +16,6 @@ Unknown keys are refused with the nearest valid one, never ignored.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import inspect
 import math
 import numbers
@@ -31,6 +30,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidati
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, nearest
+from mmlm_efficient.presets import preset_folder
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.pruning.registry import method_class
 
@@ -374,7 +374,5 @@ def preset_names() -> list[str]:
 
 def _presets() -> dict[str, Path]:
     """Preset files by name: inside an installed package, or in configs/ of a checkout."""
-    inside = Path(str(importlib.resources.files("mmlm_efficient"))) / "configs"
-    folder = inside if inside.is_dir() else inside.parents[1] / "configs"
-    files = [file for kind in ("models", "methods") for file in (folder / kind).glob("*.yaml")]
+    files = [file for kind in ("models", "methods") for file in preset_folder(kind).glob("*.yaml")]
     return {file.stem: file for file in sorted(files)}

@@ -73,6 +73,34 @@ class DecoderParts:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """Which model this is, for settings that were tuned for one model.
+
+    Attributes:
+        name: what it was loaded as: a hub id, the path of a folder, or "pocket".
+        family: name of its family.
+        decoder_layers, decoder_width: of the language model.
+        tower_layers: of the vision tower.
+    """
+
+    name: str
+    family: str
+    decoder_layers: int
+    decoder_width: int
+    tower_layers: int
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name: what the owner's name or the parent folders do not change.
+
+        Example:
+            >>> Identity("llava-hf/llava-1.5-7b-hf", "llava", 32, 4096, 24).short_name
+            'llava-1.5-7b-hf'
+        """
+        return self.name.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
 class Visual:
     """One image or video of a request.
 
@@ -124,6 +152,20 @@ class Family(ABC):
     @abstractmethod
     def matches(cls, config: Any) -> bool:
         """Whether a model with this config belongs to the family."""
+
+    def identity(self, name: str) -> Identity:
+        """Which model this is.
+
+        Args:
+            name: what it was loaded as.
+        """
+        return Identity(
+            name=name,
+            family=self.name,
+            decoder_layers=len(self.decoder.layers),
+            decoder_width=int(self.model.config.get_text_config().hidden_size),
+            tower_layers=len(self.tower.layers),
+        )
 
     # -- parts -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from mmlm_efficient.pruning.no_pruning import NoPruning
 from mmlm_efficient.pruning.random_pruning import RandomPruning
 from mmlm_efficient.pruning.registry import METHODS, method_class
 from mmlm_efficient.pruning.uniform_pruning import UniformPruning
+from mmlm_efficient.pruning.vflowopt import VFlowOpt
 
 __all__ = [
     "METHODS",
@@ -19,5 +20,6 @@ __all__ = [
     "PruningMethod",
     "RandomPruning",
     "UniformPruning",
+    "VFlowOpt",
     "method_class",
 ]

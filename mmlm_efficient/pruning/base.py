@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, nearest
-from mmlm_efficient.families.base import Family, Visual
+from mmlm_efficient.families.base import Family, Identity, Visual
 from mmlm_efficient.pruning.observed import Crop, Observed, Sight
 from mmlm_efficient.stations.layer_rows import LayerCut
 from mmlm_efficient.stations.tower import TowerPass
@@ -98,6 +98,7 @@ class Scene:
         pixels: gives the pixel values [n_crops, 3, H, W] of its tower runs.
         pack: puts numbers [n_crops, L, D] per tower token into the order of the tokens [N, D],
             with a value for newline tokens.
+        identity: which model it is.
         stats: the image processor's (mean, std) per channel, or None when it is not known.
     """
 
@@ -107,6 +108,7 @@ class Scene:
     budget: int
     pixels: Callable[[], Tensor]
     pack: Callable[[Tensor, float], Tensor]
+    identity: Identity
     stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
@@ -119,12 +121,14 @@ class LayerJob:
         stock: how many each had before anything was pruned.
         samples: for each, the prompt of the batch that it belongs to.
         n_layers: decoder layers.
+        identity: which model it is.
     """
 
     tokens: tuple[VisualTokens, ...]
     stock: tuple[int, ...]
     samples: tuple[int, ...]
     n_layers: int
+    identity: Identity
 
 
 class PruningMethod(Method):
@@ -244,6 +248,10 @@ class PruningMethod(Method):
     def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
         """The rule behind cuts inside the language model; that of `positions` unless overridden."""
         return self.positions(axes)
+
+    def idle(self, n_tokens: Sequence[int]) -> bool:
+        """Whether images of so many tokens all stay whole, so that nothing need be observed."""
+        return False
 
     @property
     def cuts_tower(self) -> bool:

@@ -9,10 +9,12 @@ from mmlm_efficient.pruning.keep_mask import KeepMask
 from mmlm_efficient.pruning.no_pruning import NoPruning
 from mmlm_efficient.pruning.random_pruning import RandomPruning
 from mmlm_efficient.pruning.uniform_pruning import UniformPruning
+from mmlm_efficient.pruning.vflowopt import VFlowOpt
 
 METHODS: dict[str, type[Method]] = {
     "none": NoPruning,
     "flowcut": FlowCut,
+    "vflowopt": VFlowOpt,
     "random": RandomPruning,
     "uniform": UniformPruning,
     "keep_mask": KeepMask,

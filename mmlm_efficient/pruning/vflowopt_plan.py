@@ -273,13 +273,13 @@ class Schedule:
         stage_keep_ratios: kept fractions of stages 0, 1 and 2, each in (0, 1].
         anchor_threshold: at least 0.
         entropy_weight: in [-1, 1].
-        merge_grid_size: at least 1 (tokens).
+        merge_grid_size: at least 1 (tokens); None merges nothing.
     """
 
     stage_keep_ratios: tuple[float, float, float]
     anchor_threshold: float
     entropy_weight: float
-    merge_grid_size: float
+    merge_grid_size: float | None
 
 
 def default_stage_layers(depth: int) -> tuple[int, int]:

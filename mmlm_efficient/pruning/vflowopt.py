@@ -1,0 +1,332 @@
+"""VFlowOpt: prune and recycle before the language model, prune twice more inside it.
+
+Source: "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided
+Optimization", ICCV 2025, arXiv 2508.05211. One importance map, taken from the tower's last layer,
+ranks the tokens at all three stages; the text has no say. Stage 0 merges the least important ones
+within spatial cells, stages 1 and 2 drop tokens at the input of two decoder layers. How much each
+stage keeps is a profile, found once per model and budget (``mmlm calibrate vflowopt``). Unlike the
+released code, no decoder layer runs without its causal mask, and an image of which nothing is to
+be dropped passes untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.families.base import Family, Identity
+from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Scene, Station
+from mmlm_efficient.pruning.observed import Sight
+from mmlm_efficient.pruning.vflowopt_plan import (
+    Schedule,
+    StageZero,
+    achieved_ratio,
+    default_stage_layers,
+    members_of,
+    recycle,
+    segments,
+    stage_zero,
+)
+from mmlm_efficient.pruning.vflowopt_profiles import (
+    checked_profile,
+    profile_of,
+    untuned_schedule,
+)
+from mmlm_efficient.pruning.vflowopt_scores import (
+    importance,
+    patch_entropy,
+    recovered_pixels,
+    released_entropy,
+)
+from mmlm_efficient.stations.layer_rows import LayerCut
+from mmlm_efficient.tokens import VisualTokens
+
+# How far given stage ratios may miss the budget.
+_TOLERANCE = 0.01
+
+
+class VFlowOpt(PruningMethod):
+    """VFlowOpt's settings; the budget alone picks the model's profile.
+
+    Example:
+        >>> VFlowOpt(keep_ratio=0.25).owned_stations
+        ('bridge', 'layer')
+    """
+
+    name: ClassVar[str] = "vflowopt"
+    paper: ClassVar[str] = (
+        "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided "
+        "Optimization (arXiv 2508.05211)"
+    )
+    stations: ClassVar[tuple[Station, ...]] = ("bridge", "layer")
+    observes: ClassVar[frozenset[Sight]] = frozenset({"map"})
+    exact: ClassVar[bool] = False
+    budget_counts: ClassVar[str] = "tokens of each image, averaged over the decoder layers"
+
+    stage_layers: tuple[int, int] | None = Field(
+        None, description="decoder layers (0-based) whose input is cut, 1 <= k1 < k2 < layers"
+    )
+    stage_keep_ratios: tuple[float, float, float] | None = Field(
+        None, description="kept fractions of stages 0, 1 and 2, each in (0, 1], over the profile's"
+    )
+    anchor_threshold: float | None = Field(
+        None, ge=0.0, description="anchors receive more than this many times the mean attention"
+    )
+    entropy_weight: float | None = Field(
+        None, ge=-1.0, le=1.0, description="weight of the patch entropy in the importance"
+    )
+    merge_grid_size: float | Literal["off"] | None = Field(
+        None, description="side of a recycling cell in tokens, >= 1; 'off' drops instead of merging"
+    )
+    attention_layer: int | None = Field(
+        None, ge=0, strict=True, description="tower layer (0-based) to read; the last one if unset"
+    )
+    entropy_mode: Literal["grayscale", "released"] = Field(
+        "grayscale", description="grey levels of the entropy; 'released' repeats a slip of the code"
+    )
+    exact_budget: bool = Field(
+        False,
+        description="stage 0 keeps exactly its share; ragged cells else make it a little more",
+    )
+    protect_recycled: bool = Field(
+        False, description="a merged token ranks by its cell's total importance, not by its best"
+    )
+    profile: str = Field(
+        "auto", min_length=1, description="built-in name, YAML file, 'auto', or 'none' (untuned)"
+    )
+    allow_profile_mismatch: bool = Field(
+        False, description="use a named profile although it was made for another model"
+    )
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        for ratio in self.stage_keep_ratios or ():
+            if not 0.0 < ratio <= 1.0:
+                raise SettingsError(
+                    f"stage_keep_ratios must be three numbers in (0, 1], got "
+                    f"{list(self.stage_keep_ratios or ())}"
+                )
+        if self.stage_layers is not None and not 1 <= self.stage_layers[0] < self.stage_layers[1]:
+            raise SettingsError(
+                f"stage_layers must be rising and at least 1, got {list(self.stage_layers)}: "
+                "layer 0 is never cut"
+            )
+        grid = self.merge_grid_size
+        if not isinstance(grid, str) and grid is not None and grid < 1.0:
+            raise SettingsError(f"merge_grid_size must be at least 1 or 'off', got {grid!r}")
+        return self
+
+    def check_budget(self) -> None:
+        """keep_ratio, keep_tokens or stage_keep_ratios must be given, not the first two at once.
+
+        Raises:
+            SettingsError: they are not.
+        """
+        if self.stage_keep_ratios is None or self.keep_tokens is not None:
+            super().check_budget()
+
+    def idle(self, n_tokens: Sequence[int]) -> bool:
+        """Whether nothing is dropped of images of so many tokens."""
+        if self.stage_keep_ratios is not None:
+            return all(ratio == 1.0 for ratio in self.stage_keep_ratios)
+        return all(self.ratio_of(image, count) >= 1.0 for image, count in enumerate(n_tokens))
+
+    def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
+        """Behind the cuts inside the language model tokens keep their positions, always."""
+        return "original"
+
+    def observed_layer(self, family: Family) -> int:
+        """The tower layer whose attention gives the importance.
+
+        Raises:
+            SettingsError: the tower has no such layer.
+        """
+        depth = len(family.tower.layers)
+        if self.attention_layer is None:
+            return family.feature_layer
+        if self.attention_layer >= depth:
+            raise SettingsError(
+                f"attention_layer={self.attention_layer}, but the vision tower has {depth} "
+                f"layers: give 0 to {depth - 1}"
+            )
+        return self.attention_layer
+
+    # -- the schedule ----------------------------------------------------------------------
+
+    def ratio_of(self, image: int, n_tokens: int) -> float:
+        """The mean kept fraction that is asked for an image of n_tokens tokens."""
+        if self.keep_tokens is not None:
+            return min(1.0, self.budget(image, n_tokens) / n_tokens)
+        ratio = self.keep_ratio
+        if ratio is None:
+            return 0.0
+        return ratio[image] if isinstance(ratio, tuple) else ratio
+
+    def schedule(
+        self, identity: Identity, image: int, n_tokens: int
+    ) -> tuple[tuple[int, int], Schedule]:
+        """Stage layers and ratios for one image of one model.
+
+        Args:
+            identity: the model.
+            image: position of the image in the call; n_tokens: its tokens before pruning.
+
+        Raises:
+            SettingsError: the profile is of another model, stage layers are out of range, or
+                given ratios miss the budget.
+        """
+        budget = self.ratio_of(image, n_tokens)
+        layers, found = self._found(identity, budget)
+        if self.stage_layers is not None:
+            layers = self.stage_layers
+        parts = segments(layers, identity.decoder_layers)
+        ratios = self.stage_keep_ratios or found.stage_keep_ratios
+        mean = achieved_ratio(*ratios, parts)
+        asked = self.keep_ratio is not None or self.keep_tokens is not None
+        if asked and abs(mean - budget) > _TOLERANCE:
+            raise SettingsError(
+                f"stages {list(layers)} with ratios {[round(r, 4) for r in ratios]} keep "
+                f"{mean:.4f} of the tokens on average over {identity.decoder_layers} decoder "
+                f"layers, but keep_ratio is {budget:.4f}: give ratios that match, or leave one out"
+            )
+        grid = found.merge_grid_size if self.merge_grid_size is None else self.merge_grid_size
+        return layers, Schedule(
+            ratios,
+            found.anchor_threshold if self.anchor_threshold is None else self.anchor_threshold,
+            found.entropy_weight if self.entropy_weight is None else self.entropy_weight,
+            None if isinstance(grid, str) else grid,
+        )
+
+    def _found(self, identity: Identity, budget: float) -> tuple[tuple[int, int], Schedule]:
+        """What the profile says, or the untuned schedule where there is none."""
+        if budget >= 1.0:
+            layers = default_stage_layers(identity.decoder_layers)
+            return layers, Schedule((1.0, 1.0, 1.0), 2.0, 0.0, None)
+        if budget <= 0.0:  # only stage_keep_ratios were given
+            ratios = self.stage_keep_ratios or (1.0, 1.0, 1.0)
+            layers = default_stage_layers(identity.decoder_layers)
+            return layers, Schedule(ratios, 2.0, 0.0, 16.0)
+        if self.profile not in ("auto", "none"):
+            profile = checked_profile(self.profile, identity, self.allow_profile_mismatch)
+            return profile.stage_layers, profile.schedule(budget)
+        profile_found = profile_of(identity, budget) if self.profile == "auto" else None
+        if profile_found is not None:
+            return profile_found.stage_layers, profile_found.schedule(budget)
+        return untuned_schedule(identity, budget)
+
+    # -- stage 0 ---------------------------------------------------------------------------
+
+    def reduce(self, tokens: VisualTokens, scene: Scene) -> VisualTokens:
+        """Stage 0, and the importance that the later stages rank by."""
+        _, schedule = self.schedule(scene.identity, tokens.image, len(tokens))
+        if all(ratio >= 1.0 for ratio in schedule.stage_keep_ratios):
+            return tokens
+        scores = self.importance_of(scene, schedule).to(tokens.features.device)
+        places = tokens.places
+        newline = places.newline.to(scores.device)
+        # Tiles of one picture are merged within cells; several pictures and frames only dropped.
+        alone = not places.video and scene.n_together == 1
+        plan = stage_zero(
+            scores,
+            schedule.stage_keep_ratios[0],
+            schedule.merge_grid_size if alone else None,
+            places.source.to(scores.device),
+            places.row.to(scores.device),
+            places.col.to(scores.device),
+            newline,
+            exact_budget=self.exact_budget,
+        )
+        ranks = scores.masked_fill(newline, torch.inf)
+        if plan.is_identity:
+            return VisualTokens(
+                tokens.features, tokens.index, places, tokens.image, tokens.members, ranks
+            )
+        merged = plan.n_cells > 0
+        features = recycle(tokens.features, scores, plan) if merged else tokens.features[plan.kept]
+        return VisualTokens(
+            features=features,
+            index=plan.kept.to("cpu"),
+            places=places,
+            image=tokens.image,
+            members=members_of(plan) if merged else None,
+            scores=self._ranks(ranks, plan)[plan.kept],
+        )
+
+    def importance_of(self, scene: Scene, schedule: Schedule) -> Tensor:
+        """Importance float32 [L] of an image's packed tokens, 1 on newlines."""
+        maps = torch.stack([one.map for one in scene.observed if one.map is not None])
+        entropy = None
+        if schedule.entropy_weight != 0.0:
+            entropy = self._entropy(scene).to(maps.device)
+        per_crop = importance(maps, schedule.anchor_threshold, schedule.entropy_weight, entropy)
+        return scene.pack(per_crop.unsqueeze(-1), 1.0).squeeze(-1)
+
+    def _entropy(self, scene: Scene) -> Tensor:
+        """Entropy [C, N] in bits of the pixels behind every token of every crop."""
+        pixels = scene.pixels()
+        patch_px = pixels.shape[-1] // scene.visual.crop_grids[0][1]
+        if self.entropy_mode == "released":
+            return released_entropy(pixels, patch_px)
+        if scene.stats is None:
+            raise SettingsError(
+                "entropy_weight needs the image processor's mean and deviation to see 8-bit "
+                "pixels, and this model came without a processor: set entropy_weight=0.0, or "
+                "make the EfficientLMM with its processor"
+            )
+        return patch_entropy(recovered_pixels(pixels, *scene.stats), patch_px)
+
+    def _ranks(self, ranks: Tensor, plan: StageZero) -> Tensor:
+        """By what the later stages rank: a merged token like its carrier, or like its cell."""
+        if not self.protect_recycled or plan.n_cells == 0:
+            return ranks
+        totals = ranks.new_zeros(plan.n_cells).index_add(0, plan.cell, ranks[plan.members])
+        return ranks.index_copy(0, plan.carriers, totals)
+
+    # -- stages 1 and 2 --------------------------------------------------------------------
+
+    def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
+        """Cuts at the input of the two stage layers."""
+        found = [
+            self.schedule(job.identity, tokens.image, tokens.n_in)
+            for tokens in job.tokens
+        ]
+        if not found:
+            return ()
+        layers, ratios = self._agreed(job, found)
+        fixed = {tokens.image: tokens.scores for tokens in job.tokens if tokens.scores is not None}
+        return tuple(
+            LayerCut(
+                layer - 1,
+                ratios=tuple(stages[number] for stages in ratios),
+                fixed=fixed,
+            )
+            for number, layer in enumerate(layers, start=1)
+        )
+
+    def _agreed(
+        self, job: LayerJob, found: Sequence[tuple[tuple[int, int], Schedule]]
+    ) -> tuple[tuple[int, int], list[tuple[float, float, float]]]:
+        """Stage layers of the request, and ratios of every image; prompts must agree on theirs."""
+        pruned = [layers for layers, own in found if min(own.stage_keep_ratios) < 1.0]
+        layers = pruned[0] if pruned else found[0][0]
+        ratios = [own.stage_keep_ratios for _, own in found]
+        if any(other != layers for other in pruned):
+            raise SettingsError(
+                "vflowopt: the budgets of one batch belong to profiles with different "
+                f"stage_layers ({', '.join(str(list(one)) for one in sorted(set(pruned)))}): give "
+                "stage_layers, or ask in separate batches"
+            )
+        by_sample: dict[int, tuple[float, float, float]] = {}
+        for image, sample in enumerate(job.samples):
+            own = ratios[image]
+            if by_sample.setdefault(sample, own) != own:
+                raise SettingsError(
+                    "vflowopt ranks all images of a prompt together: give the images of one "
+                    "prompt the same keep_ratio"
+                )
+        return layers, ratios
