@@ -65,3 +65,50 @@ def accuracy_chart(result: Mapping[str, Any], path: Path) -> None:
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png")
     write_png(path, encoded.getvalue())
+
+
+def methods_chart(result: Mapping[str, Any], path: Path) -> None:
+    """Draw accuracy against the visual tokens of a decoder layer, averaged over the layers.
+
+    Args:
+        result: of `pocket_methods`.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure_module = require_extra("matplotlib.figure", "plots")
+    unpruned = next(row for row in result["rows"] if row["method"] == "none")
+    rows = [row for row in result["rows"] if row["method"] != "none"]
+    figure = figure_module.Figure(figsize=(8.4, 5.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    full = 100 * unpruned["overall"]["accuracy"]
+    axes.axhline(full, color="0.4", linestyle="--", linewidth=1, label="unpruned")
+    markers = "osD^v<>PX*hp"
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        line = sorted(
+            (row["mean_decoder_tokens"], 100 * row["overall"]["accuracy"])
+            for row in rows
+            if row["method"] == method
+        )
+        baseline = method in ("random", "uniform")
+        axes.plot(
+            [tokens for tokens, _ in line],
+            [share for _, share in line],
+            marker=markers[number % len(markers)],
+            linestyle=":" if baseline else "-",
+            color=f"C{number}" if number < 10 else ("k", "0.6")[number % 2],
+            label=method,
+        )
+    axes.set_xscale("log", base=2)
+    ticks = [9, 18, 36, 72, 144]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("visual tokens entering a decoder layer, averaged over the layers")
+    axes.set_ylabel("right answers, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, ncols=2, loc="lower right")
+    axes.set_title(f"pocket, {result['scenes']} held-out scenes", fontsize=11)
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png")
+    write_png(path, encoded.getvalue())

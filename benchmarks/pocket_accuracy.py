@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder = find_folder(options.model)
     settings = {
         "model": options.model,
-        "weights_sha256": _digest(folder),
+        "weights_sha256": digest_of_weights(folder),
         "scenes": options.scenes,
         "batch_size": options.batch_size,
         "cases": [case.name for case in cases],
@@ -150,14 +150,15 @@ def _against(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Questions of one kind about neighbouring scenes: their answers are about equally long."""
 
     number: int
     asked: tuple[tuple[Scene, Question], ...]
 
 
-def _batches(scenes: int, size: int) -> Iterator[_Batch]:
+def asked_batches(scenes: int, size: int) -> Iterator[Batch]:
+    """The questions about the first scenes, `size` scenes and one kind at a time."""
     number = 0
     for first in range(0, scenes, size):
         found = [scene(SPLIT, index) for index in range(first, min(first + size, scenes))]
@@ -167,7 +168,7 @@ def _batches(scenes: int, size: int) -> Iterator[_Batch]:
             for question in questions(one, rng_of(SPLIT, one.index, _QUESTION_KEY))
         ]
         for kind in IMAGE_KINDS:
-            yield _Batch(number, tuple(pair for pair in asked if pair[1].kind == kind))
+            yield Batch(number, tuple(pair for pair in asked if pair[1].kind == kind))
             number += 1
 
 
@@ -177,7 +178,7 @@ def _run(
     """Go through the batches that are not done yet; every case answers the same inputs."""
     total = -(-options.scenes // options.batch_size) * len(IMAGE_KINDS)
     with tqdm(total=total, desc="pocket accuracy", unit="batch", disable=None) as bar:
-        for batch in _batches(options.scenes, options.batch_size):
+        for batch in asked_batches(options.scenes, options.batch_size):
             if batch.asked and batch.number not in progress.batches:
                 requests = [(question.text, one.image) for one, question in batch.asked]
                 inputs = preprocess(lmm.processor, requests, lmm.model.dtype)
@@ -189,7 +190,7 @@ def _run(
             bar.update()
 
 
-def _right(lmm: EfficientLMM, case: Case, inputs: Mapping[str, Any], batch: _Batch) -> list[int]:
+def _right(lmm: EfficientLMM, case: Case, inputs: Mapping[str, Any], batch: Batch) -> list[int]:
     """1 for every right answer of a batch."""
     output = lmm.generate(
         **inputs, methods=[case.method], max_new_tokens=MAX_NEW_TOKENS, do_sample=False
@@ -281,7 +282,7 @@ def _progress_file(out: Path) -> Path:
     return out.with_suffix(".progress.jsonl")
 
 
-def _digest(folder: Path) -> str:
+def digest_of_weights(folder: Path) -> str:
     """Of the weights, so that runs of different weights are never mixed."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):

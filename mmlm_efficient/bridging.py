@@ -58,6 +58,7 @@ def reduced(
             pack=_packer(family, visuals[image]),
             identity=parts.identity,
             stats=parts.image_stats,
+            cache={} if encoded is None else encoded.caches[image],
         )
         fewer = method.reduce(patches, scene)
         result.append(_behind_cls(tokens, n_cls, fewer))
@@ -68,7 +69,7 @@ def _pixels(family: Family, tower: Tower, inputs: Mapping[str, Any], image: int)
     encoded = tower.encoded
     if encoded is not None and encoded.pixels:
         return lambda: encoded.pixels[image]
-    return lambda: family.crop_pixels(inputs, image)
+    return lambda: family.crop_pixels(inputs, family.visuals(inputs))[image]
 
 
 def _packer(family: Family, visual: Visual) -> Any:

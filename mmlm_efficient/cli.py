@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmlm_efficient.cli_calibrate import app as calibrate_app
 from mmlm_efficient.errors import MMLMError, SettingsError, nearest, require_extra
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ train_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(train_app, name="train")
+app.add_typer(calibrate_app, name="calibrate")
 
 # Programs beside the benchmarks that measure nothing.
 _NO_BENCHMARKS = ("readme_tables",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ class Encoded:
         sights: what was observed, and at which layer.
         layer: 0-based tower layer that was observed.
         pixels: pixel values [n_crops, 3, H, W] of each.
+        caches: for each, what methods found out about it and no request changes.
         tower_s: seconds that the tower took.
     """
 
@@ -52,6 +53,11 @@ class Encoded:
     layer: int | None = None
     pixels: list[Tensor] = field(default_factory=list)
     tower_s: float = 0.0
+    caches: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.caches:
+            self.caches = [{} for _ in self.visuals]
 
     def take(self, images: Sequence[int]) -> Encoded:
         """The same for some of the images, in another order or repeated."""
@@ -66,6 +72,7 @@ class Encoded:
             self.sights,
             self.layer,
             picked(self.pixels) if self.pixels else [],
+            caches=picked(self.caches),
         )
 
 
@@ -109,7 +116,7 @@ def encode(
     family = parts.family
     visuals = family.visuals(inputs)
     start = time.perf_counter()
-    pixels = [family.crop_pixels(inputs, place) for place in range(len(visuals))]
+    pixels = family.crop_pixels(inputs, visuals)
     if not (bool(sights) if crops is None else crops):
         features = family.stock_features(inputs, visuals)
         _finish(features)
@@ -240,8 +247,16 @@ def _cut_inside(
         whole = Encoded(visuals, _whole_crops(family, visuals, rows, ()), None)
         tokens = [
             _best(one, packed_scores(family, visual, tower_pass.scores, place, visuals), budget)
-            for place, (one, visual, budget) in enumerate(
-                zip(_whole_tokens(family, whole), visuals, budgets, strict=True)
+            if budget < size
+            else one
+            for place, (one, visual, budget, size) in enumerate(
+                zip(
+                    _whole_tokens(family, whole),
+                    visuals,
+                    budgets,
+                    _sizes(family, visuals),
+                    strict=True,
+                )
             )
         ]
         return Tower(tokens, None, None, seconds)
@@ -277,8 +292,9 @@ def _condensed_packed(
     tokens = _whole_tokens(family, encoded.take([place]))[0]
     visual, crops = encoded.visuals[place], (encoded.crops or [])[place]
     crop = crop_of_packed(family, visual, tokens, crops)
-    if budget < len(crop):
-        crop = method.condense(crop, budget)
+    if budget >= len(crop):
+        return replace(tokens, image=place)
+    crop = method.condense(crop, budget)
     return VisualTokens(crop.features, crop.index, visual.places, place, crop.members)
 
 

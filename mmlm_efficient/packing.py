@@ -17,7 +17,7 @@ from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families import Family
 from mmlm_efficient.families.base import Visual
 from mmlm_efficient.pruning.observed import Crop, Observed
-from mmlm_efficient.tokens import CLS_INDEX, TokenPlaces, VisualTokens
+from mmlm_efficient.tokens import CLS_INDEX, VisualTokens
 
 
 def packed_crops(
@@ -33,7 +33,7 @@ def packed_crops(
     A source of one crop (overview, frame, plain image) keeps the order of its crop. Of a source
     of several crops (tiles) single patches come first in raster order, then the CLS tokens, then
     merged tokens. Newlines are dropped, as in the papers' code; an image of one crop keeps its
-    last one.
+    last one, and an image that lost nothing keeps all.
 
     Args:
         visual: the image.
@@ -66,7 +66,11 @@ def packed_crops(
         image=image,
         members=_members(crops, lookup, row),
     )
-    ends = _newlines(visual.places, tokens, visual.n_crops, keep_newlines)
+    whole = all(
+        crop.members is None and int((crop.index != CLS_INDEX).sum()) == rows * cols
+        for crop, (rows, cols) in zip(crops, visual.crop_grids, strict=True)
+    )
+    ends = _newlines(visual, tokens, keep_newlines, whole)
     return tokens if newline is None or not len(ends) else _with_newlines(tokens, ends, newline)
 
 
@@ -91,7 +95,8 @@ def _sources(visual: Visual) -> list[int]:
     """The source that each crop belongs to."""
     places = visual.places
     shown = ~places.newline
-    crops = torch.zeros(visual.n_crops, dtype=torch.long)
+    # A tile that unpadding removes altogether is one of the last source, too.
+    crops = torch.full((visual.n_crops,), int(places.source[shown].max()))
     if places.crop is not None:
         crops[places.crop[shown]] = places.source[shown]
     return crops.tolist()
@@ -130,10 +135,11 @@ def _members(
     return tuple(groups[row] for row in rows.tolist())
 
 
-def _newlines(places: TokenPlaces, tokens: VisualTokens, n_crops: int, keep: bool) -> Tensor:
+def _newlines(visual: Visual, tokens: VisualTokens, keep: bool, whole: bool) -> Tensor:
     """Positions of the newline tokens that stay."""
+    places = visual.places
     ends = places.newline.nonzero().squeeze(1)
-    if n_crops == 1 or not len(ends):
+    if whole or visual.n_crops == 1 or not len(ends):
         return ends
     if not keep:
         return ends[:0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmlm_efficient.errors import PromptError
 from mmlm_efficient.tokens import TokenPlaces
 
 # Nothing that is packed for its place is negative, so newlines can be told by it.
@@ -40,7 +42,9 @@ def anyres_places(
     shapes = [grid]
     row[:n_patches], col[:n_patches] = index[:n_patches] // cols, index[:n_patches] % cols
     if n_crops > 1:
-        width = int(newline[n_patches:].nonzero()[0]) + 1
+        # A picture that is nothing but padding beside its tiles leaves no row of them.
+        ends = newline[n_patches:].nonzero()
+        width = int(ends[0]) + 1 if len(ends) else 1
         behind = index[n_patches:] - n_patches
         source[n_patches:] = 1
         row[n_patches:], col[n_patches:] = behind // width, behind % width
@@ -52,3 +56,51 @@ def anyres_places(
     return TokenPlaces(
         source, row, col, newline, tuple(shapes), crop if exact else None, patch if exact else None
     )
+
+
+def sizes_of(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of every picture, from image_sizes beside pixel_values.
+
+    Args:
+        inputs: model inputs with pixel_values [n, crops, 3, H, W] or [crops of all, 3, H, W].
+
+    Raises:
+        PromptError: inputs of another shape than the processor gives.
+    """
+    pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+    if pixels.ndim not in (4, 5) or sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2:
+        shape = None if sizes is None else list(sizes.shape)
+        raise PromptError(
+            "pixel_values must have shape [n_images, crops, 3, height, width] and image_sizes "
+            f"[n_images, 2], got {list(pixels.shape)} and {shape}. Give what the processor "
+            "returns."
+        )
+    return [(int(height), int(width)) for height, width in sizes.tolist()]
+
+
+def check_crops(pixels: Tensor, counts: Sequence[int]) -> None:
+    """Refuse pixels of another number of crops than the images have.
+
+    Args:
+        pixels: [n, crops, 3, H, W], or [crops of all, 3, H, W].
+        counts: crops of every image.
+
+    Raises:
+        PromptError: the numbers differ.
+    """
+    if pixels.ndim == 5:
+        fits = len(pixels) == len(counts) and pixels.shape[1] >= max(counts, default=0)
+    else:
+        fits = len(pixels) == sum(counts)
+    if not fits:
+        raise PromptError(
+            f"pixel_values {list(pixels.shape)} do not match the {len(counts)} image(s) of "
+            f"image_sizes, which have {list(counts)} crops. Give what the processor returns."
+        )
+
+
+def crops_of(pixels: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The crops [n, 3, H, W] of every image, without the padding behind images of fewer."""
+    if pixels.ndim == 4:
+        return list(torch.split(pixels, list(counts)))
+    return [own[:count] for own, count in zip(pixels, counts, strict=True)]

@@ -185,6 +185,11 @@ class Family(ABC):
         """For each kind of input, the token id that stands for one visual token in a prompt."""
 
     @property
+    def backbone(self) -> Any:
+        """The model without its output head: gives the state behind the last norm."""
+        return self.model.model
+
+    @property
     def max_context(self) -> int:
         """Longest sequence of the language model, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -247,8 +252,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def crop_pixels(self, inputs: Mapping[str, Any], visual: int) -> Tensor:
-        """Pixel values [n, 3, H, W] of the tower runs of one image or video."""
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Pixel values [n_crops, 3, H, W] of the tower runs of every image and video."""
 
     def tokens_of(self, visual: Visual) -> int:
         """Visual tokens, and so placeholders in the prompt, of one unpruned image or video."""

@@ -37,6 +37,18 @@ class LlavaLike(Family):
                 "tower has no CLS token: a patch would be lost. Set it to 'full' in the config."
             )
 
+    def refuse_cls(self) -> None:
+        """Refuse a model that would have CLS tokens among the patches that it stitches.
+
+        Raises:
+            UnsupportedError: a CLIP tower with feature selection "full".
+        """
+        if self.keeps_cls:
+            raise UnsupportedError(
+                "vision_feature_select_strategy='full' keeps the CLS token of every tile, which "
+                "cannot be stitched to a grid. Set it to 'default' in the config."
+            )
+
     @classmethod
     def matches(cls, config: Any) -> bool:
         """Whether the config is of this type with a tower and a text model that we know."""
@@ -103,11 +115,10 @@ class LlavaLike(Family):
     def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
         """Pixel values [n, 3, H, W] of all tower runs, in order."""
 
-    def crop_pixels(self, inputs: Mapping[str, Any], visual: int) -> Tensor:
-        """The pixels of one image's crops."""
-        visuals = self.visuals(inputs)
-        first = sum(one.n_crops for one in visuals[:visual])
-        return self.crops(inputs, visuals)[first : first + visuals[visual].n_crops]
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The pixels of every image's crops."""
+        counts = [visual.n_crops for visual in visuals]
+        return list(torch.split(self.crops(inputs, visuals), counts))
 
     def run_tower(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The tower's hidden states at the feature layer, before CLS is dropped."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from mmlm_efficient.errors import PromptError
-from mmlm_efficient.families.anyres import anyres_places
+from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
 from mmlm_efficient.families.base import Visual
 from mmlm_efficient.families.llava_like import LlavaLike
 
@@ -30,29 +29,19 @@ class LlavaNext(LlavaLike):
     )
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.refuse_cls()
+
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
         """One per row of image_sizes [n, 2] (height, width)."""
-        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+        pixels = inputs.get("pixel_values")
         if pixels is None:
             return ()
-        if pixels.ndim not in (4, 5) or sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2:
-            shape = None if sizes is None else list(sizes.shape)
-            raise PromptError(
-                "pixel_values must have shape [n_images, crops, 3, height, width] and image_sizes "
-                f"[n_images, 2], got {list(pixels.shape)} and {shape}. Give what the processor "
-                "returns."
-            )
-        counts = [self._n_crops(size) for size in sizes.tolist()]
-        given, needed = len(pixels), len(counts) if pixels.ndim == 5 else sum(counts)
-        if given != needed:
-            raise PromptError(
-                f"pixel_values {list(pixels.shape)} do not match the {len(counts)} image(s) of "
-                f"image_sizes, which have {counts} crops. Give what the processor returns."
-            )
-        return tuple(
-            self._visual(count, tuple(size))
-            for count, size in zip(counts, sizes.tolist(), strict=True)
-        )
+        sizes = sizes_of(inputs)
+        counts = [self._n_crops(size) for size in sizes]
+        check_crops(pixels, counts)
+        return tuple(self._visual(count, size) for count, size in zip(counts, sizes, strict=True))
 
     def _n_crops(self, size: Sequence[int]) -> int:
         config = self.model.config
@@ -71,11 +60,7 @@ class LlavaNext(LlavaLike):
 
     def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
         """The crops of all images, without the padding between images of different counts."""
-        pixels: Tensor = inputs["pixel_values"]
-        if pixels.ndim == 4:
-            return pixels
-        pairs = zip(pixels, visuals, strict=True)
-        return torch.cat([own[: visual.n_crops] for own, visual in pairs])
+        return torch.cat(crops_of(inputs["pixel_values"], [visual.n_crops for visual in visuals]))
 
     def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The model's own ``get_image_features``."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from mmlm_efficient.errors import PromptError
-from mmlm_efficient.families.anyres import anyres_places
+from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
 from mmlm_efficient.families.base import Kind, Visual
 from mmlm_efficient.families.llava_like import LlavaLike
 from mmlm_efficient.tokens import TokenPlaces
@@ -40,6 +40,10 @@ class LlavaOnevision(LlavaLike):
     )
     packs_pruned: ClassVar[bool] = False
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.refuse_cls()
+
     @property
     def placeholders(self) -> Mapping[Kind, int]:
         """The image and the video token of the config."""
@@ -57,34 +61,32 @@ class LlavaOnevision(LlavaLike):
         return (*self._images(inputs), *self._videos(inputs))
 
     def _images(self, inputs: Mapping[str, Any]) -> list[Visual]:
-        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+        pixels = inputs.get("pixel_values")
         if pixels is None:
             return []
-        if pixels.ndim not in (4, 5) or sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2:
-            shape = None if sizes is None else list(sizes.shape)
-            raise PromptError(
-                "pixel_values must have shape [n_images, crops, 3, height, width] and image_sizes "
-                f"[n_images, 2], got {list(pixels.shape)} and {shape}. Give what the processor "
-                "returns."
-            )
-        config, per_prompt = self.model.config, inputs.get("batch_num_images")
-        tiled = [True] * len(sizes)
+        sizes = sizes_of(inputs)
+        tiled, per_prompt = [True] * len(sizes), inputs.get("batch_num_images")
         if per_prompt is not None:
+            # Only a picture that is alone in its prompt is cut into tiles.
             tiled = [n == 1 for n in per_prompt.tolist() for _ in range(int(n))]
         if len(tiled) != len(sizes):
             raise PromptError(
                 f"batch_num_images adds up to {len(tiled)} image(s), but image_sizes has "
                 f"{len(sizes)}. Give what the processor returns."
             )
-        found = []
-        for size, tiles in zip(sizes.tolist(), tiled, strict=True):
-            count = 1
-            if tiles:
-                count = image_size_to_num_patches(
-                    size, config.image_grid_pinpoints, config.vision_config.image_size
-                )
-            found.append(self._image(int(count), tuple(size)))
-        return found
+        counts = [
+            self._n_crops(size) if tiles else 1 for size, tiles in zip(sizes, tiled, strict=True)
+        ]
+        check_crops(pixels, counts)
+        return [self._image(count, size) for count, size in zip(counts, sizes, strict=True)]
+
+    def _n_crops(self, size: tuple[int, int]) -> int:
+        config = self.model.config
+        return int(
+            image_size_to_num_patches(
+                size, config.image_grid_pinpoints, config.vision_config.image_size
+            )
+        )
 
     def _image(self, count: int, size: tuple[int, int]) -> Visual:
         def pack(values: Tensor, newline: Tensor) -> Tensor:
@@ -125,12 +127,8 @@ class LlavaOnevision(LlavaLike):
         pixels, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
         parts = []
         if pixels is not None:
-            images = [visual for visual in visuals if visual.kind == "image"]
-            if pixels.ndim == 4:
-                parts.append(pixels)
-            else:
-                pairs = zip(pixels, images, strict=True)
-                parts.extend(own[: visual.n_crops] for own, visual in pairs)
+            counts = [visual.n_crops for visual in visuals if visual.kind == "image"]
+            parts.extend(crops_of(pixels, counts))
         if videos is not None:
             parts.append(videos.flatten(0, 1))
         return torch.cat(parts)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmlm_efficient.errors import PromptError
 from mmlm_efficient.families.base import DecoderParts, Family, Kind, Visual
 from mmlm_efficient.families.llava_like import decoder_parts
-from mmlm_efficient.stations.packed_tower import PackedTowerParts, packed_tower_parts
+from mmlm_efficient.families.packed import PackedTowerParts, packed_tower_parts
 from mmlm_efficient.tokens import TokenPlaces
 
 
@@ -85,6 +85,14 @@ class Qwen2VL(Family):
         pixels, grids = inputs.get(pixels_name), inputs.get(grid_name)
         if pixels is None:
             return []
+        config = self.model.config.vision_config
+        side, patch = int(config.spatial_merge_size), int(config.patch_size)
+        width = int(config.in_channels) * int(config.temporal_patch_size) * patch**2
+        if pixels.ndim != 2 or pixels.shape[1] != width:
+            raise PromptError(
+                f"{pixels_name} must have shape [patches, {width}], got {list(pixels.shape)}. "
+                "Give what the processor returns."
+            )
         if grids is None or grids.ndim != 2 or grids.shape[1] != 3:
             shape = None if grids is None else list(grids.shape)
             raise PromptError(
@@ -97,22 +105,30 @@ class Qwen2VL(Family):
                 f"{pixels_name} holds {len(pixels)} patches, but {grid_name} {grids.tolist()} "
                 f"asks for {total}. Give what the processor returns."
             )
-        side = int(self.model.config.vision_config.spatial_merge_size)
+        if bool((grids[:, 1:] % side != 0).any()):
+            raise PromptError(
+                f"{grid_name} {grids.tolist()}: rows and columns must be multiples of {side}, "
+                "which is what the tower merges. Give what the processor returns."
+            )
         return [
             _visual(kind, steps, rows // side, cols // side) for steps, rows, cols in grids.tolist()
         ]
 
-    def crop_pixels(self, inputs: Mapping[str, Any], visual: int) -> Tensor:
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The picture of every temporal step [steps, 3, H, W], put together from its patches."""
         pixels, grids = self._patches(inputs)
-        sizes = grids.prod(dim=-1).tolist()
-        own = torch.split(pixels, sizes)[visual]
+        parts = torch.split(pixels, grids.prod(dim=-1).tolist())
+        return [self._picture(own, grid) for own, grid in zip(parts, grids.tolist(), strict=True)]
+
+    def _picture(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
         config = self.model.config.vision_config
         side, patch = int(config.spatial_merge_size), int(config.patch_size)
-        steps, rows, cols = grids[visual].tolist()
+        steps, rows, cols = grid
         channels = int(config.in_channels)
         # Of the frames that a temporal step joins, the first.
-        cells = own.view(steps, rows // side, cols // side, side, side, channels, -1, patch, patch)
+        cells = patches.view(
+            steps, rows // side, cols // side, side, side, channels, -1, patch, patch
+        )
         cells = cells[:, :, :, :, :, :, 0].permute(0, 5, 1, 3, 6, 2, 4, 7)
         return cells.reshape(steps, channels, rows * patch, cols * patch)
 
@@ -161,15 +177,23 @@ class Qwen2VL(Family):
         return values.flatten(0, 1)
 
     def position_axes(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The model's own ``get_rope_index`` of the uncut prompt."""
-        given = inputs.get("position_ids")
-        if isinstance(given, Tensor) and given.ndim == 3:
-            return given[-3:]
+        """The model's own ``get_rope_index`` of the uncut prompt, or the caller's positions.
+
+        Raises:
+            PromptError: what it takes is missing or has another shape than input_ids.
+        """
+        ids, given = inputs["input_ids"], inputs.get("position_ids")
+        if given is not None:
+            return _given_axes(given, ids)
+        if not any(name in inputs for name in ("image_grid_thw", "video_grid_thw")):
+            return None
         kinds = inputs.get("mm_token_type_ids")
-        if kinds is None:
+        if kinds is None or kinds.shape != ids.shape:
+            got = "none" if kinds is None else f"shape {list(kinds.shape)}"
             raise PromptError(
-                "mm_token_type_ids are missing: positions of images along rows and columns "
-                "cannot be told. Give what the processor returns beside input_ids."
+                f"mm_token_type_ids: got {got}, expected shape {list(ids.shape)}, that of "
+                "input_ids. Without it, positions of images along rows and columns cannot be "
+                "told. Give what the processor returns beside input_ids."
             )
         index: Any = self.model.model.get_rope_index
         names = set(inspect.signature(index).parameters) - {"self", "kwargs"}
@@ -191,6 +215,21 @@ class Qwen2_5VL(Qwen2VL):
     name: ClassVar[str] = "qwen2_5_vl"
     model_type: ClassVar[str] = "qwen2_5_vl"
     describes: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
+
+
+def _given_axes(given: Any, ids: Tensor) -> Tensor:
+    """The caller's position ids as [3, B, S]; [B, S] count alike along all axes, and of
+    [4, B, S] the first are those of the text, which only masks need."""
+    shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    if isinstance(given, Tensor) and given.ndim == 2:
+        given = given.unsqueeze(0).expand(3, -1, -1)
+    fits = isinstance(given, Tensor) and given.ndim == 3 and len(given) in (3, 4)
+    if not fits or given.shape[2] != ids.shape[1] or given.shape[1] not in (1, len(ids)):
+        raise PromptError(
+            f"position_ids: expected shape {[3, *ids.shape]}, one row per axis, got {shape}. Leave "
+            "them out to have them counted."
+        )
+    return cast("Tensor", given[-3:].expand(-1, len(ids), -1))
 
 
 def _visual(kind: Kind, steps: int, rows: int, cols: int) -> Visual:

@@ -153,8 +153,9 @@ def _check(config: Mapping[str, Any]) -> None:
 def _text_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     made = TEXT_CONFIGS[config["model_type"]]
     # rope_theta and rope_scaling became rope_parameters, which transformers still translates.
+    # use_cache may be false from training; the original passes True to generate.
     names = (set(made().to_dict()) | {"rope_theta", "rope_scaling"}) - {
-        *("model_type", "architectures", "transformers_version", "dtype", "_name_or_path")
+        *("model_type", "architectures", "transformers_version", "dtype", "use_cache")
     }
     try:
         return made(**{name: config[name] for name in names & set(config)})

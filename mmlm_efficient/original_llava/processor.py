@@ -7,6 +7,7 @@ work on PIL images, so torchvision is not needed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import (
     AddedToken,
     AutoTokenizer,
+    LlamaConfig,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
@@ -85,7 +87,7 @@ CHATML_DIRECT = _chatml("Answer the questions.", "")
 QWEN = _chatml("You are a helpful assistant.", "\\n")
 
 
-class OnevisionImageProcessor(LlavaOnevisionProcessor):
+class OnevisionProcessor(LlavaOnevisionProcessor):
     """A LlavaOnevisionProcessor for pictures and text.
 
     The video processor of transformers needs torchvision, and the original class needs the video
@@ -116,19 +118,19 @@ def original_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
     Raises:
         ModelLoadError: it cannot be read, or a package that reads it is missing.
     """
+    # The folder's own config has a type that transformers does not know.
+    text = config.get_text_config()
+    options: dict[str, Any] = {}
     names = {file.name for file in folder.iterdir()}
-    if "tokenizer.json" not in names and "tokenizer.model" in names:
-        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-        absent = [pip for module, pip in packages.items() if not _installed(module)]
-        if absent:
-            raise ModelLoadError(
-                f"{folder}: its tokenizer.model is read by packages that are not installed. "
-                f"Install them with: pip install {' '.join(absent)}"
-            )
-    # The text model's config: the folder's own has a type that transformers does not know.
     read: Any = AutoTokenizer.from_pretrained
     try:
-        tokenizer = read(folder, config=config.get_text_config(), local_files_only=True)
+        if "tokenizer.json" not in names and "tokenizer.model" in names:
+            options["add_prefix_space"] = _begins_with_space(folder)
+            # For Mistral's it would take a class that never begins a text with a space.
+            text = LlamaConfig() if text.model_type == "mistral" else text
+        tokenizer = read(folder, config=text, local_files_only=True, **options)
+    except ModelLoadError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise ModelLoadError(f"the tokenizer in {folder} cannot be read: {error}") from error
     tokens = [IMAGE, VIDEO] if config.model_type == "llava_onevision" else [IMAGE]
@@ -140,6 +142,20 @@ def original_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
     if tokenizer.pad_token is None:  # as the original code does
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _begins_with_space(folder: Path) -> bool:
+    """Whether tokenizer.model writes a space before a text: Vicuna's and Mistral's do, Yi's not."""
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    absent = [pip for module, pip in packages.items() if not _installed(module)]
+    if absent:
+        raise ModelLoadError(
+            f"{folder}: its tokenizer.model is read by packages that are not installed. "
+            f"Install them with: pip install {' '.join(absent)}"
+        )
+    reader: Any = importlib.import_module("sentencepiece")
+    pieces = reader.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return str(pieces.encode("a", out_type=str)[0]).startswith("▁")
 
 
 def _installed(module: str) -> bool:
@@ -228,7 +244,7 @@ def original_processor(raw: Mapping[str, Any], config: PreTrainedConfig, tokeniz
     if config.model_type == "llava_onevision":
         images |= {"image_grid_pinpoints": config.image_grid_pinpoints, "crop_size": None}
         grid = size // int(vision.patch_size)
-        return OnevisionImageProcessor(
+        return OnevisionProcessor(
             image_processor=LlavaOnevisionImageProcessorPil(**images),
             num_image_tokens=grid * grid,
             vision_aspect_ratio=config.vision_aspect_ratio,

@@ -11,7 +11,7 @@ import logging
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -100,6 +100,7 @@ class Scene:
             with a value for newline tokens.
         identity: which model it is.
         stats: the image processor's (mean, std) per channel, or None when it is not known.
+        cache: for what depends on the image alone; lasts as long as its encoded tower outcome.
     """
 
     visual: Visual
@@ -110,6 +111,7 @@ class Scene:
     pack: Callable[[Tensor, float], Tensor]
     identity: Identity
     stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ class PruningMethod(Method):
         Raises:
             SettingsError: a tuple of budgets has another length than the call has images.
         """
-        for field, value in (("keep_tokens", self.keep_tokens), ("keep_ratio", self.keep_ratio)):
-            check_per_image(field, value, len(n_tokens))
+        for name, value in (("keep_tokens", self.keep_tokens), ("keep_ratio", self.keep_ratio)):
+            check_per_image(name, value, len(n_tokens))
         budgets = tuple(self.budget(image, count) for image, count in enumerate(n_tokens))
         whole = [image for image, count in enumerate(n_tokens) if budgets[image] >= count]
         if whole and self.keep_tokens is not None:

@@ -13,16 +13,29 @@ from mmlm_efficient.tokens import VisualTokens
 
 
 class UniformPruning(PruningMethod):
-    """Keep tokens spread evenly over the rows and columns of the image."""
+    """Keep tokens spread evenly over the rows and columns of the image.
+
+    Overview and tiles, or the frames of a video, get shares of the budget by their sizes.
+    """
 
     name: ClassVar[str] = "uniform"
     stations: ClassVar[tuple[Station, ...]] = ("bridge",)
 
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
-        """An even grid; every n-th token when an earlier station broke the grid."""
-        if len(tokens) == tokens.n_in:
-            return even_grid(*tokens.grid, budget)
-        return torch.tensor(_spread(len(tokens), budget), dtype=torch.long)
+        """An even grid; every n-th token when an earlier station broke the grid, or when so many
+        are kept that newlines are among them."""
+        places = tokens.places
+        shown = int((~places.newline).sum())
+        if len(tokens) < tokens.n_in or budget > shown:
+            return torch.tensor(_spread(len(tokens), budget), dtype=torch.long)
+        parts, done = [], 0
+        for source, (rows, cols) in enumerate(places.shapes):
+            own = (done + rows * cols) * budget // shown - done * budget // shown
+            done += rows * cols
+            if own > 0:
+                cells = (~places.newline & (places.source == source)).nonzero().squeeze(1)
+                parts.append(cells[even_grid(rows, cols, own)])
+        return torch.cat(parts)
 
 
 def even_grid(rows: int, cols: int, count: int) -> Tensor:

@@ -27,6 +27,7 @@ from mmlm_efficient.pruning.vflowopt_plan import (
     StageZero,
     achieved_ratio,
     default_stage_layers,
+    fitting_grid,
     members_of,
     recycle,
     segments,
@@ -89,9 +90,10 @@ class VFlowOpt(PruningMethod):
     entropy_mode: Literal["grayscale", "released"] = Field(
         "grayscale", description="grey levels of the entropy; 'released' repeats a slip of the code"
     )
-    exact_budget: bool = Field(
-        False,
-        description="stage 0 keeps exactly its share; ragged cells else make it a little more",
+    exact_budget: bool | None = Field(
+        None,
+        description="stage 0 keeps exactly its share (cells grow on small images); ragged cells "
+        "else make it a little more; as the profile says if unset",
     )
     protect_recycled: bool = Field(
         False, description="a merged token ranks by its cell's total importance, not by its best"
@@ -200,6 +202,7 @@ class VFlowOpt(PruningMethod):
             found.anchor_threshold if self.anchor_threshold is None else self.anchor_threshold,
             found.entropy_weight if self.entropy_weight is None else self.entropy_weight,
             None if isinstance(grid, str) else grid,
+            found.exact_budget if self.exact_budget is None else self.exact_budget,
         )
 
     def _found(self, identity: Identity, budget: float) -> tuple[tuple[int, int], Schedule]:
@@ -229,17 +232,15 @@ class VFlowOpt(PruningMethod):
         scores = self.importance_of(scene, schedule).to(tokens.features.device)
         places = tokens.places
         newline = places.newline.to(scores.device)
-        # Tiles of one picture are merged within cells; several pictures and frames only dropped.
-        alone = not places.video and scene.n_together == 1
         plan = stage_zero(
             scores,
             schedule.stage_keep_ratios[0],
-            schedule.merge_grid_size if alone else None,
+            self._cells(tokens, scene, schedule),
             places.source.to(scores.device),
             places.row.to(scores.device),
             places.col.to(scores.device),
             newline,
-            exact_budget=self.exact_budget,
+            exact_budget=schedule.exact_budget,
         )
         ranks = scores.masked_fill(newline, torch.inf)
         if plan.is_identity:
@@ -257,12 +258,28 @@ class VFlowOpt(PruningMethod):
             scores=self._ranks(ranks, plan)[plan.kept],
         )
 
+    def _cells(self, tokens: VisualTokens, scene: Scene, schedule: Schedule) -> float | None:
+        """Side of a recycling cell; None where tokens are only dropped."""
+        places, grid = tokens.places, schedule.merge_grid_size
+        # Tiles of one picture are merged within cells; several pictures and frames only dropped.
+        if grid is None or places.video or scene.n_together > 1:
+            return None
+        if not schedule.exact_budget:
+            return grid
+        width = int(bool(places.newline.any()))
+        shapes = [(rows, cols + width) for rows, cols in places.shapes]
+        keep = round(len(tokens) * schedule.stage_keep_ratios[0]) - int(places.newline.sum())
+        return fitting_grid(grid, shapes, keep)
+
     def importance_of(self, scene: Scene, schedule: Schedule) -> Tensor:
         """Importance float32 [L] of an image's packed tokens, 1 on newlines."""
         maps = torch.stack([one.map for one in scene.observed if one.map is not None])
         entropy = None
         if schedule.entropy_weight != 0.0:
-            entropy = self._entropy(scene).to(maps.device)
+            key = f"entropy {self.entropy_mode}"
+            if key not in scene.cache:
+                scene.cache[key] = self._entropy(scene).to(maps.device)
+            entropy = scene.cache[key]
         per_crop = importance(maps, schedule.anchor_threshold, schedule.entropy_weight, entropy)
         return scene.pack(per_crop.unsqueeze(-1), 1.0).squeeze(-1)
 
@@ -291,10 +308,7 @@ class VFlowOpt(PruningMethod):
 
     def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """Cuts at the input of the two stage layers."""
-        found = [
-            self.schedule(job.identity, tokens.image, tokens.n_in)
-            for tokens in job.tokens
-        ]
+        found = [self.schedule(job.identity, tokens.image, tokens.n_in) for tokens in job.tokens]
         if not found:
             return ()
         layers, ratios = self._agreed(job, found)

@@ -12,6 +12,7 @@ decoder layers before stage 1, between the stages and after stage 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -274,12 +275,35 @@ class Schedule:
         anchor_threshold: at least 0.
         entropy_weight: in [-1, 1].
         merge_grid_size: at least 1 (tokens); None merges nothing.
+        exact_budget: stage 0 keeps exactly its share, whatever the cells.
     """
 
     stage_keep_ratios: tuple[float, float, float]
     anchor_threshold: float
     entropy_weight: float
     merge_grid_size: float | None
+    exact_budget: bool = False
+
+
+def fitting_grid(grid_size: float, shapes: Sequence[tuple[int, int]], n_keep: int) -> float:
+    """A cell size at which an image has no more cells than it may keep tokens.
+
+    Args:
+        grid_size: wanted side of a cell; larger ones are tried until the cells fit.
+        shapes: (rows, cols) of the image's grids, newline columns counted.
+        n_keep: tokens that may be left.
+
+    Example:
+        >>> fitting_grid(2.0, [(12, 12)], 40), fitting_grid(2.0, [(12, 12)], 9)
+        (2.0, 4.8828125)
+    """
+
+    def cells(side: float) -> int:
+        return sum(math.ceil(rows / side) * math.ceil(cols / side) for rows, cols in shapes)
+
+    while cells(grid_size) > max(n_keep, len(shapes)):
+        grid_size *= 1.25
+    return grid_size
 
 
 def default_stage_layers(depth: int) -> tuple[int, int]:

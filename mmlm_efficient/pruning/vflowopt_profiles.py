@@ -53,6 +53,7 @@ class Profile(BaseModel):
     anchor_threshold: float = Field(ge=0)
     entropy_weight: float = Field(ge=-1, le=1)
     merge_grid_size: float | None = Field(ge=1)
+    exact_budget: bool = Field(False, description="stage 0 keeps exactly its share")
     attention_layer: int | None = Field(None, ge=0, description="tower layer; None for the last")
     search: dict[str, Any] = Field(default_factory=dict, description="how it was found")
 
@@ -79,7 +80,11 @@ class Profile(BaseModel):
         if abs(budget - self.keep_ratio) > 1e-9:
             r0, r1, r2 = fitted(budget, r0 * budget / self.keep_ratio, r1, self.segments)
         return Schedule(
-            (r0, r1, r2), self.anchor_threshold, self.entropy_weight, self.merge_grid_size
+            (r0, r1, r2),
+            self.anchor_threshold,
+            self.entropy_weight,
+            self.merge_grid_size,
+            self.exact_budget,
         )
 
 

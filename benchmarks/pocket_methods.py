@@ -1,0 +1,379 @@
+"""All pruning methods on pocket: accuracy, tokens, time and memory at the same budgets.
+
+    python -m benchmarks.pocket_methods --out docs/results/pocket_methods.json
+    python -m benchmarks.pocket_methods --scenes 40 --methods fastv random --ratios 0.25
+
+Every case answers the same questions about held-out scenes. The tower runs once per scene for all
+methods that do not cut inside it. A killed run goes on where it was; cases may be added later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.chart import methods_chart
+from benchmarks.common import interleaved, machine_line, positive, provenance, timed, write_json
+from benchmarks.intervals import Scores, paired, row_figures
+from benchmarks.pocket_accuracy import (
+    MAX_NEW_TOKENS,
+    SPLIT,
+    Batch,
+    asked_batches,
+    digest_of_weights,
+)
+from benchmarks.progress import Progress
+from mmlm_efficient import EfficientLMM, load
+from mmlm_efficient.answers import kv_bytes
+from mmlm_efficient.encoding import Encoded, encode
+from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.loading import find_folder
+from mmlm_efficient.pocket.questions import IMAGE_KINDS, is_right
+from mmlm_efficient.pocket.scenes import Scene, scene
+from mmlm_efficient.prepare import prepare
+from mmlm_efficient.prompts import preprocess
+from mmlm_efficient.pruning.base import Method, PruningMethod
+from mmlm_efficient.pruning.no_pruning import NoPruning
+from mmlm_efficient.pruning.registry import METHODS
+
+UNTUNED = "vflowopt (untuned)"
+RATIOS = (0.5, 0.25, 0.125, 0.0625)
+# Scenes whose prefill is timed, one after the other.
+TIMED_SCENES = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the result: a method at a budget."""
+
+    label: str
+    method: Method
+    keep_ratio: float
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases of a run."""
+        return f"{self.label} {self.keep_ratio:g}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Returns:
+        0, or 1 when the model cannot be loaded or a setting is wrong.
+    """
+    options = _parser().parse_args(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        result = measure(options)
+    except MMLMError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(_report(result)))
+    if options.out is None:
+        print("nothing written: give --out FILE")
+        return 0
+    write_json(options.out, result)
+    methods_chart(result, options.out.with_suffix(".png"))
+    print(f"written: {options.out} and {options.out.with_suffix('.png')}")
+    return 0
+
+
+def case_names() -> list[str]:
+    """What --methods takes: every method with a budget, and VFlowOpt without its profile."""
+    named = [
+        name
+        for name, method in METHODS.items()
+        if issubclass(method, PruningMethod) and "mask" not in method.model_fields
+    ]
+    return [*named, UNTUNED]
+
+
+def cases_of(names: Sequence[str], ratios: Sequence[float]) -> list[Case]:
+    """The unpruned model, then every method at every budget."""
+    cases = [Case(NoPruning.name, NoPruning(), 1.0)]
+    for name in names:
+        settings: dict[str, Any] = {"profile": "none"} if name == UNTUNED else {}
+        method = METHODS["vflowopt" if name == UNTUNED else name]
+        cases += [Case(name, method(keep_ratio=ratio, **settings), ratio) for ratio in ratios]
+    return cases
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Ask all questions with all cases, then time them."""
+    cases = cases_of(options.methods, options.ratios)
+    settings = {
+        "model": options.model,
+        "weights_sha256": digest_of_weights(find_folder(options.model)),
+        "scenes": options.scenes,
+        "batch_size": options.batch_size,
+    }
+    path = None if options.out is None else options.out.with_suffix(".progress.jsonl")
+    progress = Progress(path, settings)
+    start = time.perf_counter()
+    with load(options.model, device=options.device, dtype="float32") as lmm:
+        _run(lmm, cases, options, progress)
+        seconds = time.perf_counter() - start
+        costs = _costs(lmm, cases, options.repeats)
+        device = lmm.model.device
+    scores = _scores(progress, cases, options)
+    base = scores[cases[0].name]
+    rows = [
+        {
+            "method": case.label,
+            "keep_ratio": case.keep_ratio,
+            **costs[case.name],
+            **row_figures(scores[case.name], base, IMAGE_KINDS),
+        }
+        for case in cases
+    ]
+    return {
+        "benchmark": "pocket_methods",
+        **provenance(device),
+        **settings,
+        "split": SPLIT,
+        "dtype": "float32",
+        "questions": int(base.asked.sum()),
+        "seconds": round(seconds, 1),
+        "resumed": progress.resumed,
+        "intervals": "95 %; per kind Wilson's, overall and differences by bootstrap over scenes",
+        "timing": f"prefill of one prompt, median over {TIMED_SCENES} scenes x {options.repeats} "
+        "rounds, all cases in turns; tower not included; selection included",
+        "rows": rows,
+        "to_random": _differences(cases, scores, "random"),
+        "tuned_to_untuned": _differences(
+            [case for case in cases if case.label in ("vflowopt", UNTUNED)], scores, UNTUNED
+        ),
+    }
+
+
+def _differences(
+    cases: Sequence[Case], scores: Mapping[str, Scores], other: str
+) -> list[dict[str, Any]]:
+    """Paired differences of every method to another one at the same nominal budget."""
+    against = {case.keep_ratio: case for case in cases if case.label == other}
+    found = []
+    for case in cases:
+        rival = against.get(case.keep_ratio)
+        if rival is not None and case.label != other:
+            mine, theirs = scores[case.name], scores[rival.name]
+            figures = paired(
+                mine.right.sum(axis=1), theirs.right.sum(axis=1), mine.asked.sum(axis=1)
+            )
+            found.append({"method": case.label, "keep_ratio": case.keep_ratio, **figures})
+    return found
+
+
+# -- accuracy --------------------------------------------------------------------------------
+
+
+def _run(
+    lmm: EfficientLMM, cases: Sequence[Case], options: argparse.Namespace, progress: Progress
+) -> None:
+    """Go through the batches and cases that are not done yet."""
+    total = -(-options.scenes // options.batch_size) * len(IMAGE_KINDS) * len(cases)
+    sights = frozenset().union(*(getattr(case.method, "observes", ()) for case in cases))
+    with tqdm(total=total, desc="pocket methods", unit="case", disable=None) as bar:
+        for scenes, batches in _by_scenes(options):
+            encoded: Encoded | None = None
+            for batch in batches:
+                due = [case for case in cases if not progress.has(batch.number, case.name)]
+                bar.update(len(cases) - len(due))
+                if not due or not batch.asked:
+                    bar.update(len(due))
+                    continue
+                if encoded is None:
+                    encoded = _encoded(lmm, scenes, sights)
+                requests = [(question.text, one.image) for one, question in batch.asked]
+                inputs = preprocess(lmm.processor, requests, lmm.model.dtype)
+                places = [one.index - scenes[0].index for one, _ in batch.asked]
+                for case in due:
+                    right = _right(lmm, case, inputs, encoded.take(places), batch)
+                    progress.add(batch.number, case.name, right)
+                    bar.update()
+
+
+def _by_scenes(options: argparse.Namespace) -> Iterator[tuple[list[Scene], list[Batch]]]:
+    """The batches of the same scenes together."""
+    per_group = len(IMAGE_KINDS)
+    group: list[Batch] = []
+    for batch in asked_batches(options.scenes, options.batch_size):
+        group.append(batch)
+        if len(group) == per_group:
+            first = batch.number // per_group * options.batch_size
+            last = min(first + options.batch_size, options.scenes)
+            yield [scene(SPLIT, index) for index in range(first, last)], group
+            group = []
+
+
+def _encoded(lmm: EfficientLMM, scenes: Sequence[Scene], sights: frozenset[Any]) -> Encoded:
+    """The unpruned tower's outcome for some scenes."""
+    requests = [("what is in the picture?", one.image) for one in scenes]
+    inputs = preprocess(lmm.processor, requests, lmm.model.dtype)
+    with torch.no_grad():
+        return encode(lmm._parts, dict(inputs), sights, crops=True)
+
+
+@torch.no_grad()
+def _right(
+    lmm: EfficientLMM, case: Case, inputs: Mapping[str, Any], encoded: Encoded, batch: Batch
+) -> list[int]:
+    """1 for every right answer of a batch."""
+    own = None if getattr(case.method, "cuts_tower", False) else encoded
+    prepared = prepare(lmm._parts, inputs, [case.method], encoded=own)
+    width = prepared.layout.mask.shape[1]
+    with prepared.active():
+        ids = lmm.model.generate(
+            **prepared.model_inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+    said = lmm.processor.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    return [
+        int(is_right(question, answer))
+        for (_, question), answer in zip(batch.asked, said, strict=True)
+    ]
+
+
+def _scores(
+    progress: Progress, cases: Sequence[Case], options: argparse.Namespace
+) -> dict[str, Scores]:
+    """Right and asked, by scene and kind, for each case."""
+    columns = {kind: column for column, kind in enumerate(IMAGE_KINDS)}
+    scores = {case.name: Scores.empty(options.scenes, len(IMAGE_KINDS)) for case in cases}
+    for batch in asked_batches(options.scenes, options.batch_size):
+        for case in cases:
+            if not batch.asked:
+                continue
+            own, right = scores[case.name], progress.right(batch.number, case.name)
+            for (one, question), value in zip(batch.asked, right, strict=True):
+                own.asked[one.index, columns[question.kind]] += 1
+                own.right[one.index, columns[question.kind]] += value
+    return scores
+
+
+# -- cost ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _costs(lmm: EfficientLMM, cases: Sequence[Case], repeats: int) -> dict[str, dict[str, Any]]:
+    """Tokens, KV bytes and prefill time of every case, on the same few prompts."""
+    prompts = []
+    sights = frozenset().union(*(getattr(case.method, "observes", ()) for case in cases))
+    for index in range(TIMED_SCENES):
+        one = scene(SPLIT, index)
+        inputs = preprocess(lmm.processor, [("what is in the picture?", one.image)], torch.float32)
+        prompts.append((dict(inputs), encode(lmm._parts, dict(inputs), sights, crops=True)))
+    facts: dict[str, dict[str, Any]] = {}
+
+    def measured(case: Case) -> Callable[[], Mapping[str, float]]:
+        def run() -> Mapping[str, float]:
+            seconds, tokens, last, held = [], [], [], []
+            for inputs, encoded in prompts:
+                prefill_s, report, cache = _prefill(lmm, case, inputs, encoded)
+                seconds.append(prefill_s)
+                tokens.append(report.mean_decoder_tokens)
+                last.append(report.per_station["layer"])
+                held.append(cache)
+            facts[case.name] = {
+                "mean_decoder_tokens": round(statistics.mean(tokens), 2),
+                "final_tokens": round(statistics.mean(last), 2),
+                "kv_bytes": round(statistics.mean(held)),
+            }
+            return {"prefill": statistics.median(seconds)}
+
+        return run
+
+    timings = interleaved(
+        {case.name: measured(case) for case in cases}, repeats, label="prefill time"
+    )
+    full = statistics.median(one["prefill"] for one in timings[cases[0].name])
+    for case in cases:
+        value = statistics.median(one["prefill"] for one in timings[case.name])
+        facts[case.name] |= {
+            "prefill_ms": round(1000 * value, 3),
+            "prefill_speed_up": round(full / value, 3),
+        }
+    return facts
+
+
+def _prefill(
+    lmm: EfficientLMM, case: Case, inputs: Mapping[str, Tensor], encoded: Encoded
+) -> tuple[float, Any, int]:
+    """Seconds from the tower's outcome to the first token's logits, the report, cache bytes."""
+    parts, device = lmm._parts, lmm.model.device
+    own = None if getattr(case.method, "cuts_tower", False) else encoded
+    prepared, prepare_s = timed(lambda: prepare(parts, inputs, [case.method], encoded=own), device)
+    # FlowCut's selection happens while its tower runs.
+    prune_s = prepare_s if own is not None else 0.0
+    with prepared.active():
+        output, prefill_s = timed(
+            lambda: lmm.model(**prepared.model_inputs, use_cache=True, logits_to_keep=1), device
+        )
+    report = prepared.report().images[0]
+    return prune_s + prefill_s, report, kv_bytes(output.past_key_values)
+
+
+# -- words -----------------------------------------------------------------------------------
+
+
+def _report(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{result['model']} on {result['scenes']} held-out scenes, {result['questions']} "
+        f"questions, {machine_line(result)}"
+    ]
+    for row in result["rows"]:
+        low, high = row["overall"]["interval"]
+        lines.append(
+            f"  {row['method']:18s} {row['keep_ratio']:<6g} {row['overall']['accuracy']:6.1%} "
+            f"({low:.1%} to {high:.1%})  tokens {row['mean_decoder_tokens']:6.1f} mean "
+            f"{row['final_tokens']:6.1f} last {row['prefill_ms']:7.2f} ms {row['kv_bytes']:>9,d} B"
+        )
+    for name in ("to_random", "tuned_to_untuned"):
+        for one in result[name]:
+            low, high = (f"{100 * end:+.1f}" for end in one["interval"])
+            lines.append(
+                f"  {name}: {one['method']:18s} {one['keep_ratio']:<6g} "
+                f"{100 * one['difference']:+.1f} points ({low} to {high})"
+            )
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmlm bench pocket_methods",
+        description="All pruning methods on pocket: accuracy, tokens, time and memory.",
+        epilog="example: mmlm bench pocket_methods --out docs/results/pocket_methods.json",
+        allow_abbrev=False,
+    )
+    names = case_names()
+    parser.add_argument("--out", type=Path, help="JSON file to write, a chart beside it")
+    parser.add_argument("--model", default="pocket", help="pocket, or a folder of the same kind")
+    parser.add_argument("--scenes", "--limit", type=positive, default=1000, help="default 1000")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="METHOD",
+        help=f"of {', '.join(names)}; default all",
+    )
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    parser.add_argument("--batch-size", type=positive, default=32, help="scenes per batch")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds of timing; default 5")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
