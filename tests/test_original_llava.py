@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
-from mmlm_efficient import EfficientLMM, FlowCut
+from mmlm_efficient import EfficientLMM, FlowCut, load
 from mmlm_efficient.errors import ModelLoadError, UnsupportedError
 from mmlm_efficient.original_llava import (
     converted_config,
@@ -41,8 +41,9 @@ from mmlm_efficient.original_llava import (
     missing_original,
     original_config,
 )
-from mmlm_efficient.original_llava.config import tower_config
-from mmlm_efficient.original_llava.processor import chat_template
+from mmlm_efficient.original_llava.config import TOWERS, Tower, tower_config
+from mmlm_efficient.original_llava.processor import chat_template, original_tokenizer
+from mmlm_efficient.quantization import quantization_config, skipped_modules, verify_quantized
 from tests.tiny import VOCAB, text_config
 from tests.tiny_processor import picture, save_tiny
 
@@ -114,6 +115,7 @@ def original_settings(model: Any, model_type: str, **more: Any) -> dict[str, Any
     """The flat config.json of the original code."""
     settings = model.config.text_config.to_dict()
     rope = settings.pop("rope_parameters")
+    settings.pop("dtype")
     onevision = model.config.model_type == "llava_onevision"
     settings |= {
         "model_type": model_type,
@@ -163,21 +165,21 @@ def write_shards(folder: Path, state: dict[str, Tensor], ending: str) -> None:
     index.write_text(json.dumps({"weight_map": places}))
 
 
-def same_answers(original: Any, model: Any, processor: Any, **image: Any) -> None:
+def same_answers(original: Any, model: Any, processor: Any) -> None:
     """Bit-identical logits of the old tokens, on text and with a picture."""
+    head = model.lm_head.weight[:VOCAB].clone()  # a product with more columns may round otherwise
     for pictures, words in ((None, "where cat ?"), (picture(), "where <image> cat ?")):
         inputs = dict(processor(images=pictures, text=words, return_tensors="pt"))
         inputs.pop("mm_token_type_ids", None)
-        token = model.config.image_token_id
-        assert bool((inputs["input_ids"] == token).any()) == (pictures is not None)
-        old = {
-            **inputs,
-            "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == token, SPARE),
-        }
+        is_image = inputs["input_ids"] == model.config.image_token_id
+        assert bool(is_image.any()) == (pictures is not None)
+        old = {**inputs, "input_ids": inputs["input_ids"].masked_fill(is_image, SPARE)}
         with torch.no_grad():
+            expected = original(**old).logits[..., :VOCAB]
             got = model(**inputs).logits
-            expected = original(**old).logits
-        assert torch.equal(got[..., :VOCAB], expected)
+            hidden = model.model(**inputs).last_hidden_state
+            assert torch.equal(torch.nn.functional.linear(hidden, head), expected)
+        assert torch.allclose(got[..., :VOCAB], expected, atol=1e-6, rtol=0)
         assert got.argmax(-1).max() < VOCAB
 
 
@@ -217,7 +219,9 @@ def test_llava_onevision(tmp_path: Path) -> None:
     model, processor = load_original(folder)
     assert type(model) is LlavaOnevisionForConditionalGeneration
     assert model.config.vision_feature_layer == -1
-    assert (model.config.image_token_id, model.config.video_token_id) == (VOCAB, VOCAB + 1)
+    ids = [model.config.image_token_id, model.config.video_token_id]
+    assert ids == processor.tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    assert VOCAB <= ids[0] < ids[1] < model.config.text_config.vocab_size
     same_answers(stock, model, processor)
 
 
@@ -279,6 +283,31 @@ def test_model_works_with_pruning(tmp_path: Path) -> None:
     answer = lmm.ask(QUESTION, picture(), methods=[FlowCut(keep_tokens=9)], max_new_tokens=3)
     assert answer.usage.visual_tokens_in == 36
     assert answer.usage.visual_tokens_kept["layer"] == 9
+
+
+def test_saved_once_it_is_a_folder_of_transformers(tmp_path: Path) -> None:
+    stock = source("llava", "llama")
+    settings = original_settings(stock, "llava", use_cache=False)
+    model, processor = load_original(write(tmp_path / "old", original_names(stock), settings))
+    assert model.generation_config.use_cache
+    model.save_pretrained(tmp_path / "new")
+    processor.save_pretrained(tmp_path / "new")
+    assert not is_original(tmp_path / "new")
+    expected = EfficientLMM(model, processor).ask(QUESTION, picture(), max_new_tokens=4).text
+    again = load(tmp_path / "new")
+    assert again.ask(QUESTION, picture(), max_new_tokens=4).text == expected
+    same_answers(stock, again.model, again.processor)
+
+
+def test_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    stock = source("llava", "llama")
+    folder = write(tmp_path, original_names(stock), original_settings(stock, "llava"))
+    skip = skipped_modules(original_config(folder))
+    options = {"quantization_config": quantization_config("nf4", skip, torch.float32)}
+    model, _ = load_original(folder, torch.float32, device_map={"": "cpu"}, **options)
+    verify_quantized(model, "nf4", skip)
+    assert torch.equal(model.lm_head.weight[:VOCAB], stock.lm_head.weight)
 
 
 # The image token's rows
@@ -354,9 +383,8 @@ def test_tower_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         return str(place / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
-    # The sizes are those of the name, which the tiny tower does not have.
-    with pytest.raises(ModelLoadError, match=r"class_embedding: has the shape \[128\].*\[1024\]"):
-        load_original(folder)
+    monkeypatch.setitem(TOWERS, CLIP[7:], Tower("openai", "clip", 128, 48, 5, 64, 24, 4))
+    same_answers(stock, *load_original(folder))
     assert asked == [(CLIP, "model.safetensors"), (CLIP, "pytorch_model.bin")]
 
 
@@ -816,6 +844,52 @@ def test_ids_after_an_image_are_those_of_the_original(scheme: str, between: str)
     image = chosen.convert_tokens_to_ids("<image>")
     ids = chosen.encode(f"<image>{between}What", add_special_tokens=False)
     assert ids[ids.index(image) + 1 :] == chosen.encode("\nWhat", add_special_tokens=False)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["space", "no space"])
+def pieces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model that begins a text with a space, as Vicuna's, or not, as Yi's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    folder = tmp_path_factory.mktemp("pieces")
+    (folder / "words.txt").write_text("What is shown in this picture? USER ASSISTANT\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "words.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("text", ["llama", "mistral"])
+def test_ids_are_those_of_sentencepiece(
+    pieces: Path, tmp_path: Path, text: str, legacy: bool | None
+) -> None:
+    """The original's slow tokenizer on each piece of the prompt between the images."""
+    import sentencepiece
+
+    (tmp_path / "tokenizer.model").write_bytes((pieces / "tokenizer.model").read_bytes())
+    settings: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    settings |= {} if legacy is None else {"legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = LlavaConfig(text_config=text_config(text, vocab_size=310))
+    chosen = original_tokenizer(tmp_path, config)
+    chosen.chat_template = chat_template(f"llava_{text}", chosen)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    prompt = chosen.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
+    before, after = prompt.replace("<image> \n", "<image>\n").split("<image>")
+    image = chosen.convert_tokens_to_ids("<image>")
+    assert image == 310
+    expected = [1, *reference.encode(before), image, *reference.encode(after)]
+    assert chosen(prompt).input_ids == expected
 
 
 def test_end_and_padding_tokens(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def remembered(
     parts, prompts = lmm._parts, []
     sights = VFlowOpt.observes
     for sample in tqdm(samples, desc="unpruned model", leave=False, disable=not progress or None):
-        inputs = _inputs(lmm, sample)
+        inputs = model_inputs(lmm, sample)
         with torch.no_grad():
             encoded = encode(parts, inputs, sights)
             left = {
@@ -187,7 +187,7 @@ def remembered(
     return prompts
 
 
-def _inputs(lmm: EfficientLMM, sample: Sample) -> dict[str, Any]:
+def model_inputs(lmm: EfficientLMM, sample: Sample) -> dict[str, Any]:
     """Model inputs of one sample on the model's device."""
     device = lmm.model.device
     given = preprocess(lmm.processor, [(sample.question, sample.image())], lmm.model.dtype)
