@@ -15,6 +15,7 @@ whole file of the repository in the same way.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
@@ -25,9 +26,10 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from benchmarks.common import MIB, RESULTS, ROOT, machine_line, read_json, write_text
-from mmlm_efficient.pruning.base import Method
-from mmlm_efficient.pruning.flowcut import FlowCut
+from mmlm_efficient.families import FAMILIES
+from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.registry import METHODS
+from mmlm_efficient.pruning.support import matrix
 
 _MARKED = re.compile(
     r"(?P<open><!-- table:(?P<name>\w+) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL
@@ -114,13 +116,123 @@ def methods() -> str:
     return _table(["method", "what it does", "paper", "stations", "families"], rows)
 
 
-def flowcut_settings() -> str:
-    """The fields of FlowCut."""
+def method_settings(name: str) -> str:
+    """The fields of a method."""
     rows = [
-        [f"`{name}`", _default(field), _described(field)]
-        for name, field in FlowCut.model_fields.items()
+        [f"`{field}`", _default(info), _described(info)]
+        for field, info in METHODS[name].model_fields.items()
     ]
     return _table(["setting", "default", "what"], rows)
+
+
+def method_facts() -> str:
+    """What every method needs, and what its budget counts."""
+    rows = []
+    for name, method in METHODS.items():
+        if issubclass(method, PruningMethod):
+            rows.append(
+                [
+                    f"[`{name}`](methods/{name}.md)" if _has_page(name) else f"`{name}`",
+                    method.looks_at,
+                    "yes" if method.sees_prompt else "no",
+                    "yes" if method.merges else "no",
+                    method.default_positions,
+                    method.budget_counts,
+                ]
+            )
+    head = ["method", "looks at", "sees the prompt", "merges", "positions", "the budget counts"]
+    return _table(head, rows)
+
+
+def method_matrix() -> str:
+    """Methods x families, from the code."""
+    head = ["method", *(f"`{family.name}`" for family in FAMILIES)]
+    return _table(head, [[f"`{name}`", *cells] for name, *cells in matrix(METHODS)])
+
+
+def _has_page(name: str) -> bool:
+    return (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+
+
+def pocket_methods() -> str:
+    """Accuracy, tokens, time and memory of all methods on pocket."""
+    path = RESULTS / "pocket_methods.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    unpruned, *pruned = result["rows"]
+    ratios = sorted({row["keep_ratio"] for row in pruned}, reverse=True)
+    found = {(row["method"], row["keep_ratio"]): row for row in pruned}
+    rows = [["unpruned", _methods_cell(unpruned), *[""] * (len(ratios) - 1)]]
+    for method in dict.fromkeys(row["method"] for row in pruned):
+        rows.append([method, *(_methods_cell(found.get((method, ratio))) for ratio in ratios)])
+    head = ["method", *(f"budget {100 * ratio:g} %" for ratio in ratios)]
+    return _table(head, rows) + (
+        "\nShare of right answers; in brackets the visual tokens entering a decoder layer, mean "
+        "over the layers. Methods that cut inside the decoder spend more than their nominal budget "
+        f"in the layers before the cut. {result['scenes']:,} held-out scenes, "
+        f"{result['questions']:,} questions; intervals, prefill times and KV bytes are in "
+        f"`{_shown(path)}`. {machine_line(result)}.\n"
+    )
+
+
+def _methods_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{_percent(row['overall']['accuracy'])} ({row['mean_decoder_tokens']:.0f})"
+
+
+def methods_cost() -> str:
+    """Prefill and memory of all methods on pocket, and on a model of middle size."""
+    parts = []
+    path = RESULTS / "methods_prefill.json"
+    if path.is_file():
+        result = read_json(path)
+        rows = [
+            [
+                row["method"],
+                f"{100 * row['keep_ratio']:g} %",
+                f"{row['mean_decoder_tokens']:.0f}",
+                f"{1000 * row['prefill']['median_s']:.0f}",
+                f"{1000 * row['selection_median_s']:.1f}",
+                f"{row['prefill_speed_up']:.2f}x",
+                f"{row['flop_speed_up']:.2f}x",
+                f"{row['measured_to_flops']:.2f}",
+                f"{row['kv_bytes'] / MIB:.1f}",
+            ]
+            for row in result["rows"]
+        ]
+        head = ["method", "budget", "tokens per layer", "prefill ms", "of it selection ms"]
+        head += ["faster", "by FLOPs", "ratio", "KV MiB"]
+        parts.append(_table(head, rows))
+        parts.append(
+            f"{result['model']}; {result['text_tokens']} text tokens; {result['dtype']}; random "
+            f"weights. {machine_line(result)}; from `{_shown(path)}`.\n"
+        )
+    return "\n".join(parts)
+
+
+def calibration_bench() -> str:
+    """What calibrating VFlowOpt costs."""
+    path = RESULTS / "calibration_bench.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    rows = [
+        [
+            one["candidate"],
+            f"{one['cached']['median_s']:.3f}",
+            f"{one['recomputed']['median_s']:.3f}",
+            f"{one['recomputed_to_cached']['of_medians']:.1f}x",
+        ]
+        for one in result["candidates"]
+    ]
+    whole = result["search"]
+    return _table(["candidate", "remembering, s", "recomputing, s", "cheaper"], rows) + (
+        f"\n{result['samples']} samples of pocket, budget {result['budget']:g}. A whole search of "
+        f"{whole['evaluations']} evaluations took {whole['seconds']:.0f} s. "
+        f"{machine_line(result)}; from `{_shown(path)}`.\n"
+    )
 
 
 def pocket_accuracy() -> str:
@@ -161,9 +273,14 @@ def flowcut_bench() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
-    "flowcut_settings": flowcut_settings,
+    "method_facts": method_facts,
+    "method_matrix": method_matrix,
     "pocket_accuracy": pocket_accuracy,
+    "pocket_methods": pocket_methods,
+    "methods_cost": methods_cost,
+    "calibration_bench": calibration_bench,
     "flowcut_bench": flowcut_bench,
+    **{f"{name}_settings": functools.partial(method_settings, name) for name in METHODS},
 }
 
 

@@ -5,26 +5,28 @@ Exit codes: 0 good, 1 failure, 2 wrong usage. Nothing heavy is imported before a
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmlm_efficient.cli_bench import BENCH, bench, train_app
 from mmlm_efficient.cli_calibrate import app as calibrate_app
-from mmlm_efficient.errors import MMLMError, SettingsError, nearest, require_extra
+from mmlm_efficient.cli_paths import checked_png
+from mmlm_efficient.errors import MMLMError, SettingsError, require_extra
 
 if TYPE_CHECKING:
     from mmlm_efficient.answers import Answer
+    from mmlm_efficient.families.base import Fit
+    from mmlm_efficient.model import EfficientLMM
     from mmlm_efficient.settings import Config
+    from mmlm_efficient.video import Video
 
 app = typer.Typer(
     help="Cheaper LLaVA-style models: visual tokens pruned through public extension points.",
@@ -33,16 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-train_app = typer.Typer(
-    help="Train the models that this package ships.",
-    epilog="Example: mmlm train pocket",
-    no_args_is_help=True,
-)
 app.add_typer(train_app, name="train")
 app.add_typer(calibrate_app, name="calibrate")
-
-# Programs beside the benchmarks that measure nothing.
-_NO_BENCHMARKS = ("readme_tables",)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -86,6 +80,10 @@ def ask(
     image: Annotated[
         list[Path] | None, typer.Option(help="Picture file; repeat it for several.")
     ] = None,
+    video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames to take of the video, evenly spread.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A model folder or a hub id; without it, pocket.")
     ] = None,
@@ -126,21 +124,30 @@ def ask(
     quantization: Annotated[
         str | None, typer.Option(help="int8 or nf4: the language model's weights.")
     ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the CLIP or SigLIP tower, for a model of the original LLaVA code."
+        ),
+    ] = None,
     as_json: Json = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print while generating.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="PNG file: draw which patches of the images were kept.")
     ] = None,
 ) -> None:
-    """Ask one question about one or several pictures."""
+    """Ask one question about one or several pictures, or a video."""
     if as_json and stream:
         raise SettingsError("--json and --stream: use one of them.")
+    if frames is not None and video is None:
+        raise SettingsError("--frames: there is no --video to take them of.")
     if plot is not None:
-        if not image:
-            raise SettingsError("--plot: there is no --image to draw on.")
-        plot = _checked_png("--plot", plot)
+        if not image and video is None:
+            raise SettingsError("--plot: there is no --image and no --video to draw on.")
+        plot = checked_png("--plot", plot)
         require_extra("matplotlib", "plots")
     given = {"model": model, "device": device, "dtype": dtype, "quantization": quantization}
+    given["vision_tower"] = vision_tower
     budget = {"keep_tokens": keep_tokens, "keep_ratio": keep_ratio}
     settings = _settings(config, given, _methods(method, budget, method_settings))
     options: dict[str, Any] = {**settings.generation, **_generation(generation)}
@@ -152,15 +159,16 @@ def ask(
     _quiet_transformers(settings.model)
     lmm = load(**settings.load_options())
     images: Any = image or None
+    clip = None if video is None else _clip(video, frames, lmm)
     if stream:
-        with lmm.stream(question, images, **options) as pieces:
+        with lmm.stream(question, images, video=clip, **options) as pieces:
             for piece in pieces:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         sys.stdout.write("\n")
         answer = cast("Answer", pieces.answer)
     else:
-        answer = lmm.ask(question, images, **options)
+        answer = lmm.ask(question, images, video=clip, **options)
     # The answer before the drawing, which may fail.
     if as_json:
         _print_json(answer.to_dict())
@@ -168,39 +176,9 @@ def ask(
         sys.stdout.write(answer.text + "\n")
     sys.stdout.flush()
     if plot is not None:
-        _draw(answer, image or [], plot, lmm.image_fit)
+        _draw(answer, image or [], clip, plot, lmm.image_fit)
     if not as_json:
         Console(stderr=True).print(_summary(answer), style="dim")
-
-
-def _checked_png(option: str, path: Path) -> Path:
-    """The path with its "~" filled in; refused now rather than after the work."""
-    target = Path(os.path.expanduser(path))
-    if target.suffix.lower() != ".png":
-        raise SettingsError(f"{option} {path}: must end in '.png'.")
-    if os.path.isdir(target):
-        raise SettingsError(f"{option} {path}: is a folder. Give the path of a PNG file.")
-    _check_folder(f"{option} {path}", target.parent)
-    return target
-
-
-def _check_folder(where: str, folder: Path) -> None:
-    """Refuse a folder where no file can be written; one that is missing will be made."""
-    try:
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MMLMError(
-            f"{where}: cannot be written, {folder} takes no new files ({_reason(error)}). "
-            "Give another path."
-        ) from error
-
-
-def _reason(error: OSError) -> str:
-    """What went wrong, without the name of a file that the user did not choose."""
-    return error.strerror or str(error)
 
 
 def _settings(name: str | None, given: dict[str, Any], methods: list[Any] | None) -> Config:
@@ -280,13 +258,22 @@ def _summary(answer: Answer) -> str:
     )
 
 
-def _draw(answer: Answer, images: list[Path], path: Path, fit: Literal["crop", "stretch"]) -> None:
+def _clip(path: Path, frames: int | None, lmm: EfficientLMM) -> Video:
+    from mmlm_efficient.video import FrameSampling, load_video
+
+    sampling = lmm.sampling if frames is None else FrameSampling(frames=frames)
+    return load_video(path, sampling)
+
+
+def _draw(answer: Answer, images: list[Path], clip: Video | None, path: Path, fit: Fit) -> None:
+    from mmlm_efficient.plot_grids import is_video
     from mmlm_efficient.plots import Panel, kept_tokens_panel
 
-    panels = [
-        Panel(file, report, fit=fit)
-        for file, report in zip(images, answer.report.images, strict=True)
-    ]
+    reports = answer.report.images
+    shown: list[Any] = list(images)
+    if clip is not None:  # one video, or as many pictures as it has frames
+        shown += [clip] if is_video(reports[-1]) else clip.frames
+    panels = [Panel(one, report, fit=fit) for one, report in zip(shown, reports, strict=True)]
     kept_tokens_panel(panels, path, ", ".join(answer.report.methods) or "nothing pruned")
     Console(stderr=True).print(f"drew {path}", style="dim")
 
@@ -312,7 +299,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """One scene, four questions: the answers with and without pruning, and what they cost."""
-    output = _checked_png("--output", output)
+    output = checked_png("--output", output)
     require_extra("matplotlib", "plots")
     from tqdm import tqdm
 
@@ -397,89 +384,4 @@ def methods(as_json: Json = False) -> None:
     _console().print(table)
 
 
-# train, bench
-
-
-@train_app.command("pocket", epilog="Example: mmlm train pocket --out runs/pocket --threads 2")
-def train_pocket(
-    out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints, logs and the finished weights.")
-    ] = Path("runs/pocket"),
-    seed: Annotated[int, typer.Option(help="Seed of weights and data, 0 to 2**32 - 1.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    scale: Annotated[float, typer.Option(help="Share of the steps; below 1 for a trial.")] = 1.0,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Then measure its accuracy and write its model card.")
-    ] = False,
-) -> None:
-    """Train the embedded model again; a killed run goes on where it was."""
-    if not 0 <= seed < 2**32:
-        raise SettingsError(f"--seed {seed}: must be from 0 to 2**32 - 1.")
-    where, out = f"--out {out}", Path(os.path.expanduser(out))
-    _check_folder(where, out)
-    if evaluate:
-        for name in ("pocket_accuracy", "pocket_card"):  # now, not after hours
-            _check_benchmark(name, "--evaluate")
-
-    from mmlm_efficient.pocket import train
-
-    logging.getLogger("mmlm_efficient").setLevel(logging.INFO)
-    try:
-        folder = train.train_pocket(out, seed=seed, threads=threads, scale=scale)
-    except MMLMError:
-        raise
-    except OSError as error:  # such as a disk that is full after an hour
-        raise MMLMError(f"{where}: {error}. The same command goes on from there.") from error
-    sys.stdout.write(f"{folder}\n")
-    if evaluate:
-        result, shared = str(out / "accuracy.json"), ["--model", str(folder)]
-        arguments = [*shared, "--methods", "none", "--out", result, "--threads", str(threads)]
-        code = _run_benchmark("pocket_accuracy", arguments)
-        if code == 0:
-            arguments = [*shared, "--pictures", result, "--out", str(out / "videos.json")]
-            code = _run_benchmark("pocket_card", arguments)
-        raise typer.Exit(code)
-
-
-# Not interspersed: what follows the name, --help too, is the benchmark's own.
-@app.command(
-    context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
-    epilog="Example: mmlm bench flowcut --out outputs/flowcut_bench.json",
-)
-def bench(
-    context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(help="Benchmark; mmlm bench flowcut --help shows the options of flowcut."),
-    ],
-) -> None:
-    """Run a benchmark of the checkout; what follows its name is passed on to it."""
-    _check_benchmark(name, "bench")
-    raise typer.Exit(_run_benchmark(name, context.args))
-
-
-def _check_benchmark(name: str, where: str) -> None:
-    """Refuse a benchmark that this installation does not have."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    known = sorted(
-        file.stem
-        for file in folder.glob("*.py")
-        if file.stem not in _NO_BENCHMARKS and "def main(" in file.read_text(encoding="utf-8")
-    )
-    if not known:
-        raise SettingsError(
-            f"{where}: benchmarks are not part of the installed package. Clone the repository and "
-            "run `make bench` there, or install it with pip install -e ."
-        )
-    if name not in known:
-        close = nearest(name, known)
-        hint = f" Did you mean {close!r}?" if close else ""
-        raise SettingsError(f"{where}: {name!r} is unknown; there are {', '.join(known)}.{hint}")
-
-
-def _run_benchmark(name: str, arguments: list[str]) -> int:
-    """Exit status of a benchmark."""
-    root = str(Path(__file__).resolve().parents[1])
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    return int(importlib.import_module(f"benchmarks.{name}").main(arguments) or 0)
+app.command(**BENCH)(bench)

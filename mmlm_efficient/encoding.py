@@ -173,6 +173,12 @@ def run_tower(
         sights = frozenset()
     if encoded is None:
         encoded = encode(parts, inputs, sights, layer, crops=True if condenses else None)
+    elif not sights <= encoded.sights or (sights and layer not in (None, encoded.layer)):
+        raise UnsupportedError(
+            f"the encoded image holds {sorted(encoded.sights) or 'nothing'} of tower layer "
+            f"{encoded.layer}, but the method looks at {sorted(sights)} of layer {layer}: encode "
+            "the image with these"
+        )
     seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}
     if method is None or not condenses:
         return Tower(_whole_tokens(family, encoded), encoded, None, seconds)

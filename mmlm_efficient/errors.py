@@ -29,6 +29,10 @@ class PromptError(MMLMError, ValueError):
     """The prompt does not fit its images or the model's context."""
 
 
+class ContextError(PromptError):
+    """The prompt is longer than the model's context."""
+
+
 class UnsupportedError(MMLMError, ValueError):
     """The combination of model, method and option is not supported."""
 

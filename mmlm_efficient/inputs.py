@@ -27,6 +27,33 @@ from mmlm_efficient.stations.bridge import (
 )
 
 
+def input_ids_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The token ids [B, S] of model inputs.
+
+    Raises:
+        PromptError: there are none.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise PromptError(
+            "input_ids: expected an int64 tensor [batch, length], as the processor returns it "
+            "with return_tensors='pt'."
+        )
+    return ids
+
+
+def behind(own_ids: Tensor, new_ids: Tensor) -> Tensor:
+    """The caller's prompts [B, S] in front of the new tokens [B * n, new].
+
+    Example:
+        >>> behind(torch.tensor([[1, 2]]), torch.tensor([[7], [8]])).tolist()
+        [[1, 2, 7], [1, 2, 8]]
+    """
+    own_ids = own_ids.to(new_ids.device)
+    repeats = new_ids.shape[0] // own_ids.shape[0]
+    return torch.cat([own_ids.repeat_interleave(repeats, dim=0), new_ids], dim=1)
+
+
 def needs_stock(family: Family, inputs: Mapping[str, Any], methods: Sequence[Method]) -> bool:
     """Whether only the stock model can run the inputs; refused if methods are to prune images.
 
@@ -105,7 +132,7 @@ def uncut_layout(
     """
     ids, placeholders = inputs["input_ids"], family.placeholders
     blocks: tuple[tuple[Block, ...], ...] = ((),) * len(ids)
-    given = {*family.consumed, "mm_encoder_outputs", "inputs_embeds"}
+    given = {*family.pixel_inputs, "mm_encoder_outputs", "inputs_embeds"}
     if visuals:
         sizes = [(placeholders[visual.kind], family.tokens_of(visual)) for visual in visuals]
         blocks = find_blocks(ids, sizes)

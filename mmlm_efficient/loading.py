@@ -16,10 +16,17 @@ from typing import Any, Literal
 
 import torch
 
-from mmlm_efficient.errors import ModelLoadError, SettingsError, nearest
+from mmlm_efficient.errors import ModelLoadError, SettingsError, UnsupportedError, nearest
 from mmlm_efficient.families import family_class
 from mmlm_efficient.model import EfficientLMM, Methods
+from mmlm_efficient.original_llava import (
+    is_original,
+    load_original,
+    missing_original,
+    original_config,
+)
 from mmlm_efficient.prepare import check_methods
+from mmlm_efficient.processors import read_processor
 from mmlm_efficient.quantization import (
     Quantization,
     check_quantization,
@@ -42,6 +49,8 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_at
 
 # Everything a model folder may hold that transformers reads; old .bin copies are left out.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Checkpoints of the original LLaVA code are mostly .bin files; a projector alone is not needed.
+_ORIGINAL_HUB_FILES = [*_HUB_FILES, "pytorch_model*.bin"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,12 +62,14 @@ def load(
     quantization: Quantization | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
 ) -> EfficientLMM:
     """Load a multimodal model and its processor, ready to answer.
 
     Args:
         source: "pocket" (the small model in this package), the path of a folder in the layout of
-            transformers, or a hub id such as "llava-hf/llava-1.5-7b-hf".
+            transformers or of the original LLaVA code, or a hub id of either, such as
+            "llava-hf/llava-1.5-7b-hf" or "liuhaotian/llava-v1.5-7b".
         methods: what every request goes through unless it says otherwise: method objects, or
             their short forms such as "flowcut:64".
         dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype. None is
@@ -67,6 +78,9 @@ def load(
         quantization: "int8" or "nf4" for the language model's weights, through bitsandbytes.
         attn_implementation: attention kernel of transformers; None leaves the choice to it.
         revision: branch, tag or commit of a hub id.
+        vision_tower: folder of the CLIP or SigLIP tower, for models of the original LLaVA code,
+            which mostly store none. None looks where the model's config says: a folder, or a hub
+            id that is cached or can be fetched.
 
     Returns:
         The model in eval mode with its processor.
@@ -92,7 +106,15 @@ def load(
     _check_attention(attn_implementation)
     name = os.fspath(source)
     folder = find_folder(name, revision)
-    config = _read_config(folder, name)
+    original = is_original(folder)
+    if vision_tower is not None and not original:
+        raise SettingsError(
+            f"vision_tower: {name} has its vision tower in its own weights; the argument is for "
+            "models of the original LLaVA code. Leave it out."
+        )
+    if vision_tower is not None:
+        vision_tower = os.path.expanduser(vision_tower)
+    config = _read_config(folder, name, vision_tower)
     family_class(config, name)
     options: dict[str, Any] = {"dtype": wanted, "attn_implementation": attn_implementation}
     skip: list[str] = []
@@ -101,13 +123,17 @@ def load(
         compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
         options["quantization_config"] = quantization_config(quantization, skip, compute)
         options["device_map"] = {"": target}
-    model = _read_weights(folder, name, options)
+    if original:
+        model, processor = load_original(folder, vision_tower=vision_tower, **options)
+    else:
+        model = _read_weights(folder, name, options)
+        processor = read_processor(folder, config, name)
     if quantization is None:
         model = model.to(target)
     else:
         verify_quantized(model, quantization, skip)
     log.info("loaded %s from %s on %s", name, folder, target)
-    return EfficientLMM(model.eval(), _read_processor(folder, name), chosen, name=name)
+    return EfficientLMM(model.eval(), processor, chosen, name=name)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -220,6 +246,8 @@ def missing_files(folder: Path) -> list[str]:
     Raises:
         ModelLoadError: the folder cannot be read, or the index of its weights is damaged.
     """
+    if is_original(folder):
+        return missing_original(folder)
     try:
         names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     except OSError as error:
@@ -254,10 +282,11 @@ def _from_hub(source: str, revision: str | None) -> Path:
         source, revision, lambda: hf_hub_download(source, "config.json", revision=revision)
     )
     family_class(_read_config(config.parent, source), source)
+    files = _ORIGINAL_HUB_FILES if is_original(config.parent) else _HUB_FILES
     folder = _fetched(
         source,
         revision,
-        lambda: snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES),
+        lambda: snapshot_download(source, revision=revision, allow_patterns=files),
     )
     missing = missing_files(folder)
     if missing:
@@ -329,9 +358,16 @@ def _offline(source: str, missing: list[str]) -> str:
     )
 
 
-def _read_config(folder: Path, name: str) -> Any:
+def _read_config(
+    folder: Path, name: str, vision_tower: str | os.PathLike[str] | None = None
+) -> Any:
     from transformers import AutoConfig
 
+    if is_original(folder):
+        try:
+            return original_config(folder, vision_tower)
+        except (ModelLoadError, UnsupportedError) as error:
+            raise type(error)(f"{name}: {error}") from error
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -359,14 +395,3 @@ def _read_weights(folder: Path, name: str, options: dict[str, Any]) -> Any:
             f"{', '.join(absent[:3])}. The folder belongs to another model, or is incomplete."
         )
     return model
-
-
-def _read_processor(folder: Path, name: str) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelLoadError(
-            f"{name}: the processor in {folder} cannot be loaded: {error}"
-        ) from error

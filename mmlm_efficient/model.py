@@ -11,44 +11,51 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from mmlm_efficient.answers import Answer, Run, kv_bytes
 from mmlm_efficient.clock import Stopwatch, Watch
-from mmlm_efficient.errors import PromptError, SettingsError
+from mmlm_efficient.errors import ContextError, SettingsError
+from mmlm_efficient.families.base import Fit
 from mmlm_efficient.generation import Settings, refusals
+from mmlm_efficient.inputs import behind, input_ids_of
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
-from mmlm_efficient.prompts import Images, preprocess
+from mmlm_efficient.prompts import (
+    AnyRequest,
+    Images,
+    Request,
+    Videos,
+    as_request,
+    default_sampling,
+    preprocess,
+    video_share,
+    with_video,
+)
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.sampling import check_seed, seeded
 from mmlm_efficient.settings import (
     MethodLike,
     as_methods,
+    check_for_answers,
     check_generation,
     check_generation_values,
     generation_names,
 )
 from mmlm_efficient.stations.active import activate, active_request
 from mmlm_efficient.streaming import AnswerStream
+from mmlm_efficient.video.sampling import FrameSampling
 
 Methods: TypeAlias = "MethodLike | Sequence[MethodLike] | None"
-
-# Arguments of generate() whose results do not fit into one Answer.
-_NOT_FOR_ANSWERS = {
-    "max_length": "Use max_new_tokens, which does not depend on the prompt.",
-    "num_return_sequences": "An answer is one text; use generate().",
-    "return_dict_in_generate": "The answer holds the result already; use generate() for tensors.",
-    "streamer": "Use stream(), or generate() with a streamer of your own.",
-}
 
 
 @dataclass(frozen=True)
 class _Request:
     """Everything that is decided before the model runs."""
 
+    asked: Sequence[Request]
     inputs: Mapping[str, Any]
     methods: tuple[Method, ...]
     generation: Mapping[str, Any]
@@ -111,10 +118,14 @@ class EfficientLMM:
             raise
 
     @property
-    def image_fit(self) -> Literal["crop", "stretch"]:
-        """How pictures are made square: the middle is cut out ("crop"), or all is distorted."""
-        image_processor = getattr(self.processor, "image_processor", None)
-        return "crop" if getattr(image_processor, "do_center_crop", False) else "stretch"
+    def image_fit(self) -> Fit:
+        """How pictures are made to fit the tower: "crop", "stretch" or "pad", see `Panel`."""
+        return self._parts.family.image_fit(self.processor)
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames of a video file are taken when a request does not say."""
+        return default_sampling(self._parts.family)
 
     # Methods
 
@@ -163,17 +174,25 @@ class EfficientLMM:
         methods: Methods = None,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        *,
+        video: Videos = None,
+        sampling: FrameSampling | None = None,
         **generation: Any,
     ) -> Answer:
-        """Answer one question about no, one or several images.
+        """Answer one question about no, one or several images, or a video.
 
         Args:
             question: in words. The images come before it, in order; to place them elsewhere,
-                write the model's image token (such as "<image>") once per image.
+                write the model's image token (such as "<image>") once per image. The same goes
+                for a video, with the model's video token or else "<video>".
             image: path, encoded bytes, PIL image, array, or a list of those; see `load_image`.
             methods: instead of the model's own; () for the stock model.
             max_new_tokens: upper limit of the answer, tokens; the context may end it earlier.
             seed: makes sampling reproducible without touching torch's global random state.
+            video: path, bytes of a file, a list of frames, or a `Video`; see `load_video`. To a
+                model without an input for videos, each frame is an image of the prompt.
+            sampling: which frames of a video file to take; without it, those of `sampling`. Of
+                frames that were picked already, all are taken.
             generation: passed on to transformers' generate(), such as do_sample, temperature or
                 stop_strings. With a generation_config, max_new_tokens of this call is the one
                 that counts.
@@ -181,19 +200,24 @@ class EfficientLMM:
         Raises:
             PromptError: empty question, placeholders that do not match the images, or a prompt
                 longer than the context.
-            MediaError: an image that cannot be read.
+            MediaError: an image or a video that cannot be read.
             SettingsError: unknown argument or method, or a value that generate() refuses.
-            UnsupportedError: a setting that the machine or a method does not support, or `close`
-                was called.
+            UnsupportedError: a setting that the machine or a method does not support, images
+                beside a video whose frames are images, or `close` was called.
         """
-        return self.ask_batch([(question, image)], methods, max_new_tokens, seed, **generation)[0]
+        request = Request(question, image, video)
+        return self.ask_batch(
+            [request], methods, max_new_tokens, seed, sampling=sampling, **generation
+        )[0]
 
     def ask_batch(
         self,
-        requests: Sequence[tuple[str, Images]],
+        requests: Sequence[AnyRequest],
         methods: Methods = None,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        *,
+        sampling: FrameSampling | None = None,
         **generation: Any,
     ) -> list[Answer]:
         """Answer several questions in one batch; each answer is what `ask` gives alone.
@@ -204,15 +228,15 @@ class EfficientLMM:
         how many new tokens the context leaves room for.
 
         Args:
-            requests: pairs of question and images.
-            methods, max_new_tokens, seed, generation: as in `ask`, for all of them.
+            requests: pairs of question and images, or `Request` with a video too.
+            methods, max_new_tokens, seed, sampling, generation: as in `ask`, for all of them.
 
         Raises:
-            PromptError: a request is no pair; otherwise as `ask`.
+            PromptError: a request is neither; otherwise as `ask`.
         """
         if not requests:
             return []
-        request = self._request(requests, methods, max_new_tokens, seed, generation)
+        request = self._request(requests, methods, max_new_tokens, seed, sampling, generation)
         return self._answer(self._ready(request), Watch(request.stopwatch))
 
     def stream(
@@ -222,6 +246,9 @@ class EfficientLMM:
         methods: Methods = None,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        *,
+        video: Videos = None,
+        sampling: FrameSampling | None = None,
         **generation: Any,
     ) -> AnswerStream:
         """Answer like `ask`, piece by piece as the text is generated.
@@ -248,7 +275,8 @@ class EfficientLMM:
             raise SettingsError(
                 "num_beams: beams are known only at the end and cannot be streamed. Use ask()."
             )
-        request = self._request([(question, image)], methods, max_new_tokens, seed, generation)
+        one = Request(question, image, video)
+        request = self._request([one], methods, max_new_tokens, seed, sampling, generation)
         ready = self._ready(request)
 
         def work(watch: Watch, streamer: Any) -> Answer:
@@ -284,7 +312,7 @@ class EfficientLMM:
         generation = {name: value for name, value in inputs.items() if name in names}
         model_inputs = {name: value for name, value in inputs.items() if name not in names}
         check_generation(model_inputs, also=self._forward_arguments())
-        own_ids = _input_ids(model_inputs)
+        own_ids = input_ids_of(model_inputs)
         check_generation_values(generation)
         settings = self._settings(generation)
         settings.check_max_length(own_ids.shape[1])
@@ -293,8 +321,8 @@ class EfficientLMM:
             shortened = prepared.layout.mask.shape[1]
             output = self._generate(prepared, settings, seed, own_ids.shape[1] - shortened)
         if isinstance(output, Tensor):
-            return _behind(own_ids, output[:, shortened:])
-        output.sequences = _behind(own_ids, output.sequences[:, shortened:])
+            return behind(own_ids, output[:, shortened:])
+        output.sequences = behind(own_ids, output.sequences[:, shortened:])
         return output
 
     def forward(self, *, methods: Methods = None, **inputs: Any) -> Any:
@@ -309,7 +337,7 @@ class EfficientLMM:
             The model's output; logits [B, S', V] over the shortened prompt.
         """
         check_generation(inputs, also=self._forward_arguments())
-        _input_ids(inputs)
+        input_ids_of(inputs)
         prepared = self._prepare(inputs, methods)
         model_inputs = prepared.model_inputs
         # Cuts inside the language model come after the model has taken its labels: the loss waits.
@@ -339,39 +367,25 @@ class EfficientLMM:
 
     def _request(
         self,
-        requests: Sequence[tuple[str, Images]],
+        requests: Sequence[AnyRequest],
         methods: Methods,
         max_new_tokens: int,
         seed: int | None,
+        sampling: FrameSampling | None,
         generation: Mapping[str, Any],
     ) -> _Request:
         """Steps 1 and 2: check the settings, load the pictures, write the prompts."""
         chosen = self._checked(methods)
-        check_generation(generation)
-        for name, advice in _NOT_FOR_ANSWERS.items():
-            if name in generation:
-                raise SettingsError(f"{name}: cannot be used here. {advice}")
-        check_generation_values(generation)
-        config = generation.get("generation_config")
-        if config is not None and (config.num_return_sequences or 1) > 1:
-            raise SettingsError(
-                "generation_config.num_return_sequences: cannot be used here. "
-                + _NOT_FOR_ANSWERS["num_return_sequences"]
-            )
+        check_for_answers(generation, max_new_tokens)
         check_seed(seed)
-        for position, one in enumerate(requests):
-            if not isinstance(one, list | tuple) or len(one) != 2:
-                raise PromptError(
-                    f"requests[{position}]: expected a pair (question, images), got {one!r:.80}. "
-                    "Write (question, None) without images."
-                )
-        number = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
-        if not number or max_new_tokens < 1:
-            raise SettingsError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}.")
+        asked = [as_request(one, position) for position, one in enumerate(requests)]
         stopwatch = Stopwatch(self.model.device)
         start = stopwatch.now()
-        inputs = preprocess(self.processor, requests, self.model.dtype)
+        family = self._parts.family
+        asked = [with_video(one, family, sampling) for one in asked]
+        inputs = preprocess(self.processor, asked, self.model.dtype, family)
         return _Request(
+            asked=asked,
             inputs=inputs,
             methods=chosen,
             generation=generation,
@@ -384,8 +398,13 @@ class EfficientLMM:
     def _ready(self, request: _Request) -> _Ready:
         """Step 3, under the clock."""
         start = request.stopwatch.now()
-        with torch.no_grad():
-            prepared = self._prepare(request.inputs, request.methods)
+        try:
+            with torch.no_grad():
+                prepared = self._prepare(request.inputs, request.methods)
+        except ContextError as error:
+            ids = request.inputs["input_ids"]
+            share = video_share(request.asked, ids, self._parts.family)
+            raise ContextError(f"{error}{share}") from error
         return _Ready(request, prepared, request.stopwatch.now() - start)
 
     def _answer(self, ready: _Ready, watch: Watch, streamer: Any = None) -> list[Answer]:
@@ -479,20 +498,3 @@ def _image_stats(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] 
     images = getattr(processor, "image_processor", None)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     return None if mean is None or std is None else (tuple(mean), tuple(std))
-
-
-def _input_ids(inputs: Mapping[str, Any]) -> Tensor:
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise PromptError(
-            "input_ids: expected an int64 tensor [batch, length], as the processor returns it "
-            "with return_tensors='pt'."
-        )
-    return ids
-
-
-def _behind(own_ids: Tensor, new_ids: Tensor) -> Tensor:
-    """The caller's prompts [B, S] in front of the new tokens [B * n, new]."""
-    own_ids = own_ids.to(new_ids.device)
-    repeats = new_ids.shape[0] // own_ids.shape[0]
-    return torch.cat([own_ids.repeat_interleave(repeats, dim=0), new_ids], dim=1)

@@ -14,29 +14,46 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 from mmlm_efficient.errors import MediaError, SettingsError, require_extra
-from mmlm_efficient.media import ImageSource, load_image
+from mmlm_efficient.families.base import Fit
+from mmlm_efficient.plot_grids import (
+    MARGIN_PX,
+    OUTLINE,
+    PICTURE_PX,
+    Cells,
+    Pixels,
+    Shown,
+    cut_layers,
+    drawing,
+    indices_of,
+    kept_mask,
+)
 from mmlm_efficient.tokens import ImageReport
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-Fit: TypeAlias = Literal["crop", "stretch"]
+__all__ = [
+    "MARGIN_PX",
+    "OUTLINE",
+    "PICTURE_PX",
+    "Fit",
+    "Panel",
+    "cut_map",
+    "kept_tokens",
+    "kept_tokens_panel",
+    "write_png",
+]
+
 Target: TypeAlias = "str | os.PathLike[str] | None"
 
-PICTURE_PX = 288  # longer side of one drawn picture, about
 DPI = 100
-MARGIN_PX = 8
 LINE_PX = 16  # one line of text
 LEGEND_PX = 190
 DIMMED = 0.35  # brightness of a pruned patch
-GRID_LINE = (128, 128, 128)
-OUTLINE = (255, 212, 0)
 DECODER_CUT = (214, 39, 40)
 # One colour after the other for the groups of merged patches.
 GROUPS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (148, 103, 189), (23, 190, 207))
@@ -47,16 +64,18 @@ class Panel:
     """One picture with what was kept of it.
 
     Attributes:
-        image: what the model was asked about; see `load_image`.
+        image: what the model was asked about: a picture (see `load_image`), or the frames of a
+            video, as a list or the `Video` itself.
         report: what happened to it, one of ``answer.report.images``.
         caption: line under the picture; empty means "36 of 144".
         members: for tokens merged from several patches, the patches of each token
-            (``VisualTokens.members``); None for a pure selection.
+            (``VisualTokens.members``); None takes those of the report.
         fit: how the image processor made the picture fit the grid: "crop" cuts out the middle
-            (CLIP), "stretch" distorts it (SigLIP). All the same for a picture of the grid's shape.
+            (CLIP), "stretch" distorts it (SigLIP), "pad" adds a border (LLaVA-1.5's own). All the
+            same for a picture of the grid's shape, and for tiles and frames, which show it all.
     """
 
-    image: ImageSource
+    image: Shown
     report: ImageReport
     caption: str = ""
     members: Sequence[Sequence[int]] | None = None
@@ -64,7 +83,7 @@ class Panel:
 
 
 def kept_tokens(
-    image: ImageSource,
+    image: Shown,
     report_image: ImageReport,
     path: Target = None,
     title: str | None = None,
@@ -72,10 +91,14 @@ def kept_tokens(
     members: Sequence[Sequence[int]] | None = None,
     fit: Fit = "crop",
 ) -> Image.Image:
-    """Draw which patches of one picture reached the last decoder layer.
+    """Draw which patches of one picture or video reached the last decoder layer.
+
+    An image with tiles is drawn as its overview and the grid of its tiles, a video as a strip of
+    frames (of frames that share their tokens, the first). A light bar behind a row is a newline
+    token that was kept, a dark one a newline token that was pruned.
 
     Args:
-        image: the picture: a path, bytes, PIL image or array.
+        image: the picture: a path, bytes, PIL image or array; of a video, its frames.
         report_image: its part of the report, such as ``answer.report.images[0]``.
         path: PNG file to write, or None to only return the drawing.
         title: line above the picture.
@@ -163,7 +186,7 @@ def kept_tokens_panel(
 
 
 def cut_map(
-    image: ImageSource,
+    image: Shown,
     report_image: ImageReport,
     path: Target = None,
     title: str | None = None,
@@ -182,9 +205,8 @@ def cut_map(
     Raises:
         As `kept_tokens`; SettingsError also when nothing was cut inside the tower.
     """
-    kept = _kept_mask(report_image)
-    layers = _cut_layers(report_image)
-    base = _fitted(image, report_image.grid, fit)
+    kept = kept_mask(report_image)
+    layers = cut_layers(report_image)
     colours = _layer_colours(sorted(set(layers[layers >= 0].tolist())))
     tint = np.zeros((*layers.shape, 3), np.float32)
     legend: list[tuple[tuple[int, int, int], str]] = []
@@ -192,14 +214,19 @@ def cut_map(
         tint[layers == layer] = colour
         legend.append((colour, f"after tower layer {layer}: {int((layers == layer).sum())}"))
     later = (layers < 0) & ~kept
+    if report_image.places is not None:
+        later &= ~report_image.places.newline.cpu().numpy()
     if later.any():
         tint[later] = DECODER_CUT
         legend.append((DECODER_CUT, f"in the language model: {int(later.sum())}"))
-    grey = base.mean(axis=-1, keepdims=True)
-    cell = base.shape[0] // report_image.grid[0]
-    coloured = 0.35 * grey + 0.65 * _enlarged(tint.reshape(*report_image.grid, 3), cell)
-    drawn = np.where(_enlarged(kept.reshape(report_image.grid), cell)[..., None], base, coloured)
-    picture = _with_lines(drawn.astype(np.uint8), kept.reshape(report_image.grid))
+
+    def paint(cells: Cells) -> Pixels:
+        grey = cells.base.mean(axis=-1, keepdims=True)
+        coloured = 0.35 * grey + 0.65 * cells.enlarged(tint)
+        drawn = np.where(cells.enlarged(kept)[..., None], cells.base, coloured)
+        return drawn.astype(np.uint8)
+
+    picture = drawing(image, report_image, fit, kept, paint)
     top = MARGIN_PX + (LINE_PX + MARGIN_PX if title else 0)
     height = max(picture.shape[0], (len(legend) + 1) * LINE_PX)
     sheet = _Sheet(picture.shape[1] + 3 * MARGIN_PX + LEGEND_PX, top + height + MARGIN_PX)
@@ -214,63 +241,35 @@ def cut_map(
     return sheet.finished(path)
 
 
-# -- pixels ----------------------------------------------------------------------------------
+# -- paints ----------------------------------------------------------------------------------
 
 
 def _kept_pixels(panel: Panel) -> Pixels:
-    """The picture with pruned patches dimmed, uint8 [rows * cell, cols * cell, 3]."""
-    grid = panel.report.grid
-    kept = _kept_mask(panel.report)
-    base = _fitted(panel.image, grid, panel.fit)
-    cell = base.shape[0] // grid[0]
-    dimmed = np.repeat(base.mean(axis=-1, keepdims=True) * DIMMED, 3, axis=-1)
-    drawn = np.where(_enlarged(kept.reshape(grid), cell)[..., None], base, dimmed)
-    for number, group in enumerate(_merged(panel)):
-        # A merged patch lives on in its token: half bright, in the colour of its group.
-        inside = np.zeros(kept.shape, np.bool_)
-        inside[group] = True
-        mask = _enlarged((inside & ~kept).reshape(grid), cell)
-        colour = np.asarray(GROUPS[number % len(GROUPS)], np.float32)
-        drawn[mask] = 0.6 * base[mask] + 0.4 * colour
-    return _with_lines(np.rint(drawn).astype(np.uint8), kept.reshape(grid))
+    """The picture with pruned patches dimmed, uint8 [height, width, 3]."""
+    kept = kept_mask(panel.report)
+    groups = _merged(panel)
+
+    def paint(cells: Cells) -> Pixels:
+        base = cells.base
+        dimmed = np.repeat(base.mean(axis=-1, keepdims=True) * DIMMED, 3, axis=-1)
+        drawn = np.where(cells.enlarged(kept)[..., None], base, dimmed)
+        for number, group in enumerate(groups):
+            # A merged patch lives on in its token: half bright, in the colour of its group.
+            inside = np.zeros(kept.shape, np.bool_)
+            inside[group] = True
+            mask = cells.enlarged(inside & ~kept)
+            colour = np.asarray(GROUPS[number % len(GROUPS)], np.float32)
+            drawn[mask] = 0.6 * base[mask] + 0.4 * colour
+        return np.rint(drawn).astype(np.uint8)
+
+    return drawing(panel.image, panel.report, panel.fit, kept, paint)
 
 
-def _fitted(image: ImageSource, grid: tuple[int, int], fit: Fit) -> Pixels:
-    """The part of the picture that the model saw, scaled to whole cells."""
-    if fit not in ("crop", "stretch"):
-        raise SettingsError(f"fit must be 'crop' or 'stretch', got {fit!r}")
-    picture = load_image(image)
-    rows, cols = grid
-    cell = max(6, PICTURE_PX // max(grid))
-    if fit == "crop":
-        width, height = picture.size
-        side = min(width / cols, height / rows)
-        left, top = (width - side * cols) / 2, (height - side * rows) / 2
-        box = (left, top, left + side * cols, top + side * rows)
-    else:
-        box = (0.0, 0.0, float(picture.width), float(picture.height))
-    # A box filter averages when it shrinks and repeats when it enlarges: no new colours.
-    size = (cols * cell, rows * cell)
-    return np.asarray(picture.resize(size, Image.Resampling.BOX, box=box))
-
-
-def _enlarged(cells: npt.NDArray[Any], cell: int) -> npt.NDArray[Any]:
-    """Values [rows, cols, ...] repeated over the pixels of their cells."""
-    return cells.repeat(cell, axis=0).repeat(cell, axis=1)
-
-
-def _with_lines(picture: Pixels, kept: npt.NDArray[np.bool_]) -> Pixels:
-    """Grid lines in the first pixel row and column of each cell, an outline around kept cells."""
-    cell = picture.shape[0] // kept.shape[0]
-    across, down = slice(cell, None, cell), slice(cell, None, cell)
-    half = np.asarray(GRID_LINE, np.uint16)
-    picture[across] = (picture[across].astype(np.uint16) + half) // 2
-    picture[:, down] = (picture[:, down].astype(np.uint16) + half) // 2
-    for row, col in zip(*np.nonzero(kept[1:] != kept[:-1]), strict=True):
-        picture[(row + 1) * cell, col * cell : (col + 1) * cell] = OUTLINE
-    for row, col in zip(*np.nonzero(kept[:, 1:] != kept[:, :-1]), strict=True):
-        picture[row * cell : (row + 1) * cell, (col + 1) * cell] = OUTLINE
-    return picture
+def _merged(panel: Panel) -> list[npt.NDArray[np.int64]]:
+    """The patches of each token that was merged from several."""
+    given = panel.report.merged.values() if panel.members is None else panel.members
+    groups = [indices_of("members", group, panel.report) for group in given]
+    return [group for group in groups if group.size > 1]
 
 
 def _layer_colours(layers: Sequence[int]) -> dict[int, tuple[int, int, int]]:
@@ -281,60 +280,8 @@ def _layer_colours(layers: Sequence[int]) -> dict[int, tuple[int, int, int]]:
     return {layer: tuple(colour) for layer, colour in zip(layers, colours, strict=False)}
 
 
-# -- reports ---------------------------------------------------------------------------------
-
-
 def _count(report: ImageReport) -> str:
     return f"{len(report.kept)} of {report.n_in}"
-
-
-def _kept_mask(report: ImageReport) -> npt.NDArray[np.bool_]:
-    """Bool [n_in], True for kept patches."""
-    rows, cols = report.grid
-    if rows < 1 or cols < 1 or rows * cols != report.n_in:
-        raise SettingsError(
-            f"the report of image {report.image} has a grid of {rows} x {cols} patches, but "
-            f"n_in={report.n_in}: the two must agree"
-        )
-    mask = np.zeros(report.n_in, np.bool_)
-    mask[_indices("kept", report.kept, report)] = True
-    return mask
-
-
-def _indices(
-    field: str, values: Tensor | Sequence[int], report: ImageReport
-) -> npt.NDArray[np.int64]:
-    """Patch indices, refused when one is outside the grid."""
-    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    index: npt.NDArray[np.int64] = array.astype(np.int64).reshape(-1)
-    if index.size and (index.min() < 0 or index.max() >= report.n_in):
-        raise SettingsError(
-            f"{field} of image {report.image} names patch {index.max()}, lowest {index.min()}: "
-            f"allowed are 0 to {report.n_in - 1}"
-        )
-    return index
-
-
-def _cut_layers(report: ImageReport) -> npt.NDArray[np.int64]:
-    """Int64 [n_in], the tower layer after which each patch was cut, -1 = kept by the tower."""
-    if report.cut_layer is None:
-        raise SettingsError(
-            f"image {report.image} was not pruned inside the tower: a cut map needs a method "
-            "that cuts there (flowcut) and a budget below the number of patches"
-        )
-    layers: npt.NDArray[np.int64] = report.cut_layer.cpu().numpy().astype(np.int64)
-    if layers.shape != (report.n_in,):
-        raise SettingsError(
-            f"cut_layer of image {report.image} has shape {list(layers.shape)}, expected "
-            f"[{report.n_in}]"
-        )
-    return layers
-
-
-def _merged(panel: Panel) -> list[npt.NDArray[np.int64]]:
-    """The patches of each token that was merged from several."""
-    groups = [_indices("members", group, panel.report) for group in panel.members or ()]
-    return [group for group in groups if group.size > 1]
 
 
 # -- sheet of paper --------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmlm_efficient.bridging import cut_prompt, reduced
 from mmlm_efficient.encoding import Encoded, run_tower
-from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
+from mmlm_efficient.errors import ContextError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
 from mmlm_efficient.families.base import Identity
 from mmlm_efficient.inputs import needs_stock, uncut_layout
@@ -325,6 +325,10 @@ def _encode(prepared: Prepared, encoded: Encoded | None) -> None:
     parts, inputs = prepared.parts, prepared._inputs
     bridge = _owner(prepared, "bridge")
     stock = prepared._n_stock
+    patches = [count - int(parts.family.keeps_cls) for count in stock]
+    for method in prepared.methods:
+        if isinstance(method, PruningMethod):
+            method.check_request(parts.identity, patches)
     watching = [
         method
         for method in prepared.methods
@@ -413,7 +417,7 @@ def _check_context(prepared: Prepared) -> None:
             positions = positions if axes is None else axes
     longest = int(positions.max()) + 1
     if longest > limit:
-        raise PromptError(
+        raise ContextError(
             f"the prompt takes {longest} positions, but the model's context has {limit}: shorten "
-            "the text, give fewer images, or prune more visual tokens"
+            "the text, give fewer images or frames, or prune more visual tokens"
         )

@@ -258,6 +258,43 @@ def check_generation_values(given: Mapping[str, Any]) -> None:
         )
 
 
+# Arguments of generate() whose results do not fit into one answer.
+_NOT_FOR_ANSWERS = {
+    "max_length": "Use max_new_tokens, which does not depend on the prompt.",
+    "num_return_sequences": "An answer is one text; use generate().",
+    "return_dict_in_generate": "The answer holds the result already; use generate() for tensors.",
+    "streamer": "Use stream(), or generate() with a streamer of your own.",
+}
+
+
+def check_for_answers(given: Mapping[str, Any], max_new_tokens: Any) -> None:
+    """Refuse generation settings that a question cannot be answered with.
+
+    Args:
+        given: arguments of generate() by name.
+        max_new_tokens: upper limit of the answer.
+
+    Raises:
+        SettingsError: naming the argument and what to use instead.
+
+    Example:
+        >>> check_for_answers({"num_beams": 2}, max_new_tokens=64)
+    """
+    check_generation(given)
+    for name, advice in _NOT_FOR_ANSWERS.items():
+        if name in given:
+            raise SettingsError(f"{name}: cannot be used here. {advice}")
+    check_generation_values(given)
+    config = given.get("generation_config")
+    if config is not None and (config.num_return_sequences or 1) > 1:
+        raise SettingsError(
+            "generation_config.num_return_sequences: cannot be used here. "
+            + _NOT_FOR_ANSWERS["num_return_sequences"]
+        )
+    if not _is_number(max_new_tokens, int) or max_new_tokens < 1:
+        raise SettingsError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}.")
+
+
 def _generation(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
@@ -285,6 +322,9 @@ class Config(BaseModel):
     device: str = Field("cpu", description="cpu, cuda, cuda:N, mps or auto")
     quantization: str | None = Field(None, description="int8 or nf4, the language model only")
     attn_implementation: str | None = Field(None, description="attention kernel of transformers")
+    vision_tower: str | None = Field(
+        None, description="folder of the tower, for models of the original LLaVA code"
+    )
     methods: Annotated[tuple[SkipValidation[Method], ...], BeforeValidator(as_methods)] = ()
     generation: Annotated[dict[str, Any], BeforeValidator(_generation)] = Field(
         default_factory=dict, description="arguments of transformers' generate(), and seed"
@@ -321,7 +361,8 @@ class Config(BaseModel):
     def load_options(self) -> dict[str, Any]:
         """The arguments of `mmlm_efficient.load` that this config stands for."""
         names = ("methods", "dtype", "device", "quantization", "attn_implementation")
-        return {"source": self.model, **{name: getattr(self, name) for name in names}}
+        options = {name: getattr(self, name) for name in (*names, "vision_tower")}
+        return {"source": self.model, **options}
 
 
 def load_config(source: str | os.PathLike[str]) -> Config:

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mmlm_efficient import RandomPruning, cli
+from tests.clips import write_clip
+from tests.command import Run, runner
+from tests.test_original_llava import (
+    original_names,
+    original_settings,
+    source,
+    without_tower,
+    write,
+    write_tower,
+)
+from tests.tiny_families import tiny_model, tiny_processor
 from tests.tiny_processor import picture, save_tiny
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-Checkout = Callable[[str | None], None]
 
 
 @pytest.fixture
 def mmlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mmlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Result(int(ended.value.code or 0), out, err)
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +75,42 @@ def test_ask_about_several_images_with_a_plot(
     result = mmlm("ask", "--model", model, *images, *QUESTION, "--method", "uniform:4", "--json")
     assert [len(one["kept"]) for one in json.loads(result.out)["images"]] == [4, 4]
     assert Image.open(plot).size[0] > 100
+
+
+def test_ask_about_a_video(mmlm: Run, model: Path, tmp_path: Path) -> None:
+    clip, plot = write_clip(tmp_path / "clip.mp4", 12), tmp_path / "kept.png"
+    common = ("ask", "--model", model, "--video", clip, *QUESTION, "--method", "uniform:4")
+    answer = json.loads(mmlm(*common, "--frames", 3, "--plot", plot, "--json").out)
+    assert [len(one["kept"]) for one in answer["images"]] == [4, 4, 4]
+    assert Image.open(plot).size[0] > 300
+    assert mmlm(*common, "--frames", 3, "--stream").out == answer["text"] + "\n"
+    # A LLaVA sees eight frames unless it is told otherwise.
+    assert len(json.loads(mmlm(*common, "--json").out)["images"]) == 8
+
+
+def test_ask_a_model_with_an_input_for_videos(mmlm: Run, tmp_path: Path) -> None:
+    folder, clip = tmp_path / "model", write_clip(tmp_path / "clip.mp4", 12)
+    tiny_model("qwen2_vl").save_pretrained(folder)
+    processor = tiny_processor("qwen2_vl")
+    processor.save_pretrained(folder)
+    plot = tmp_path / "kept.png"
+    shown = ("--video", clip, "--frames", 5, "--plot", plot)
+    result = mmlm("ask", "--model", folder, *shown, *QUESTION, "--method", "random:0.5", "--json")
+    (one,) = json.loads(result.out)["images"]
+    assert len(one["kept"]) == 3 * one["grid"][0] * one["grid"][1] // 2
+    assert Image.open(plot).size[0] > 300
+
+
+def test_ask_an_original_model(mmlm: Run, tmp_path: Path, image: Path) -> None:
+    stock = source("llava", "llama")
+    inside, apart = without_tower(original_names(stock))
+    folder = write(tmp_path / "llava", inside, original_settings(stock, "llava"))
+    tower = write_tower(tmp_path / "clip", apart, stock.config.vision_config)
+    common = ("ask", "--model", folder, "--image", image, *QUESTION)
+    assert len(mmlm(*common, "--vision-tower", tower).out.split()) > 0
+    result = mmlm(*common, "--vision-tower", tmp_path / "gone")
+    assert result.code == 1
+    assert "no folder with a config.json" in result.err
 
 
 def test_ask_with_a_config_file(mmlm: Run, model: Path, image: Path, tmp_path: Path) -> None:
@@ -249,6 +273,10 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--config", "nowhere"), 2, "neither a file nor a preset"),
         (("--json", "--stream"), 2, "use one of them"),
         (("--plot", "kept.png"), 2, "no --image"),
+        (("--frames", 4), 2, "no --video"),
+        (("--video", "gone.mp4", "--frames", 0), 2, "frames must be a whole number >= 1"),
+        (("--video", "gone.mp4"), 1, "gone.mp4: no such file"),
+        (("--vision-tower", "clip"), 2, "vision_tower: "),
         (("--image", "gone.png", "--plot", "kept.jpg"), 2, "must end in '.png'"),
         (("--image", "gone.png"), 1, "gone.png: no such file"),
         (("--question", " "), 1, "question: is empty"),
@@ -296,7 +324,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 
 def test_methods(mmlm: Run) -> None:
     table = mmlm("methods").out
-    for part in ("flowcut", "2505.19536", "tower", "llava", "keep_tokens"):
+    for part in ("flowcut", "2505.19536", "tower", "all", "keep_tokens"):
         assert part in table
     rows = {row["name"]: row for row in json.loads(mmlm("methods", "--json").out)}
     assert rows["flowcut"]["stations"] == ["tower", "layer"]
@@ -342,173 +370,3 @@ def test_demo_json(mmlm: Run, model: Path, tmp_path: Path) -> None:
     assert len(plain["questions"]) == 4
     assert [row["visual_tokens_kept"] for row in plain["rows"]] == [36, 18, 9, 4, 18, 9, 4]
     assert len({row["kv_bytes"] for row in plain["rows"]}) == 4
-
-
-def test_train_passes_its_options_on(
-    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    train = importlib.import_module("mmlm_efficient.pocket.train")
-    seen: dict[str, object] = {}
-
-    def fake(out: Path, **options: object) -> Path:
-        seen.update(options)
-        return out / "weights"
-
-    monkeypatch.setattr(train, "train_pocket", fake)
-    result = mmlm("train", "pocket", "--out", tmp_path, "--seed", 3, "--threads", 1)
-    assert result.out == f"{tmp_path / 'weights'}\n"
-    assert seen == {"seed": 3, "threads": 1, "scale": 1.0}
-
-
-@pytest.mark.parametrize("seed", ["9" * 23, 2**32, -1])
-def test_train_refuses_a_seed(
-    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: object
-) -> None:
-    monkeypatch.setattr("mmlm_efficient.pocket.train.train_pocket", None)  # never hours of work
-    result = mmlm("train", "pocket", "--out", tmp_path / "run", "--seed", seed)
-    assert result == Result(2, "", f"mmlm: --seed {seed}: must be from 0 to 2**32 - 1.\n")
-
-
-def test_train_says_where_the_disk_was_full(
-    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    train = importlib.import_module("mmlm_efficient.pocket.train")
-
-    def full_disk(out: Path, **_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(out / "words.pt"))
-
-    monkeypatch.setattr(train, "train_pocket", full_disk)
-    result = mmlm("train", "pocket", "--out", tmp_path)
-    assert result.code == 1
-    assert f"--out {tmp_path}: [Errno 28] No space left on device: " in result.err
-    assert result.err.count("\n") == 1
-
-
-def loaded_benchmarks() -> list[str]:
-    return [name for name in sys.modules if name.split(".")[0] == "benchmarks"]
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkout]:
-    """Pretend that the package lies in a folder with or without benchmarks."""
-
-    def pretend(source: str | None) -> None:
-        if source is not None:
-            folder = tmp_path / "benchmarks"
-            folder.mkdir()
-            (folder / "__init__.py").touch()
-            (folder / "toy.py").write_text(source)
-        monkeypatch.setattr(cli, "__file__", str(tmp_path / "mmlm_efficient" / "cli.py"))
-        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-        for name in loaded_benchmarks():
-            monkeypatch.delitem(sys.modules, name)
-
-    yield pretend
-    for name in loaded_benchmarks():  # the pretended ones; monkeypatch puts the real ones back
-        del sys.modules[name]
-
-
-def test_bench_runs_and_passes_arguments_on(mmlm: Run, checkout: Checkout, tmp_path: Path) -> None:
-    source = "def main(argv):\n    print(argv)\n    return 0 if argv else 1\n"
-    checkout(source)
-    assert mmlm("bench", "toy", "--rounds", 3) == Result(0, "['--rounds', '3']\n", "")
-    assert mmlm("bench", "toy").code == 1
-    result = mmlm("bench", "toi")
-    assert result.code == 2
-    assert "Did you mean 'toy'" in result.err
-    (tmp_path / "benchmarks" / "readme_tables.py").write_text(source)
-    assert "there are toy." in mmlm("bench", "readme_tables").err
-
-
-def test_train_evaluates(
-    mmlm: Run, checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    train = importlib.import_module("mmlm_efficient.pocket.train")
-    monkeypatch.setattr(train, "train_pocket", lambda out, **_: out / "weights")
-    checkout("def main(argv):\n    print(' '.join(argv))\n")
-    refused = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
-    assert refused.code == 2
-    assert "--evaluate: 'pocket_accuracy' is unknown" in refused.err
-    folder = tmp_path / "benchmarks"
-    (folder / "pocket_accuracy.py").write_text((folder / "toy.py").read_text())
-    (folder / "toy.py").rename(folder / "pocket_card.py")
-    result = mmlm("train", "pocket", "--out", tmp_path, "--evaluate")
-    assert result.code == 0
-    model = f"--model {tmp_path / 'weights'}"
-    assert f"{model} --methods none --out {tmp_path / 'accuracy.json'}" in result.out
-    assert f"{model} --pictures {tmp_path / 'accuracy.json'}" in result.out
-
-
-def _with_two(main: Callable[[list[str]], int], size: str, argv: list[str]) -> int:
-    return main([*argv, size, "2"])
-
-
-def test_train_evaluates_with_the_real_benchmark(
-    mmlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The shipped weights stand in for trained ones; two scenes, all else as the command asks."""
-    train = importlib.import_module("mmlm_efficient.pocket.train")
-    folder = tmp_path / "weights"
-    shutil.copytree(train.WEIGHTS, folder)
-    (folder / "README.md").unlink()
-    monkeypatch.setattr(train, "train_pocket", lambda out, **_: folder)
-    for name, size in (("pocket_accuracy", "--scenes"), ("pocket_card", "--videos")):
-        benchmark = importlib.import_module(f"benchmarks.{name}")
-        shorter = partial(_with_two, benchmark.main, size)
-        monkeypatch.setattr(benchmark, "main", shorter)
-    result = mmlm("train", "pocket", "--out", tmp_path, "--threads", 1, "--evaluate")
-    assert result.code == 0
-    assert f"{folder} on 2 held-out scenes" in result.out
-    written = sorted(file.name for file in tmp_path.iterdir())
-    assert written == ["accuracy.json", "accuracy.png", "videos.json", "weights"]
-    assert "| all pictures |" in (folder / "README.md").read_text()
-    measured = json.loads((tmp_path / "accuracy.json").read_text())
-    assert (measured["scenes"], measured["threads"]) == (2, 1)
-    (row,) = measured["rows"]
-    assert (row["method"], row["keep_tokens"]) == ("none", 144)
-    assert row["overall"]["count"] == measured["questions"] > 4
-    assert row["overall"]["accuracy"] > 0.5
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("flowcut", ("--out", "--quick", "--parts", "--full-size", "--repeats")),
-        ("pocket_accuracy", ("--out", "--scenes", "--methods", "--position-ids")),
-        ("pocket_card", ("--out", "--videos", "--pictures")),
-    ],
-)
-def test_bench_help_is_the_benchmarks_own(mmlm: Run, name: str, options: tuple[str, ...]) -> None:
-    result = mmlm("bench", name, "--help")
-    assert result.code == 0
-    assert f"usage: mmlm bench {name}" in result.out
-    for option in options:
-        assert option in result.out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("flowcut", "--rounds", 3), "mmlm bench flowcut: error: unrecognized arguments: --rounds"),
-        (("flowcut", "--repeat", 3), "unrecognized arguments: --repeat"),  # nor abbreviations
-        (("pocket_accuracy", "--scene", 3), "unrecognized arguments: --scene"),
-        (("pocket_card", "--video", 3), "unrecognized arguments: --video"),
-        (("flowcut", "--repeats", 0), "argument --repeats: must be at least 1, got 0"),
-        (("flowcat", "--help"), "Did you mean 'flowcut'"),
-        (("--rounds", 3, "flowcut"), "No such option: --rounds"),
-        ((), "Missing argument"),
-    ],
-)
-def test_bench_refuses_unknown_options(mmlm: Run, arguments: tuple[object, ...], part: str) -> None:
-    result = mmlm("bench", *arguments)
-    assert result.code == 2
-    assert part in result.err
-    assert "Traceback" not in result.err
-    assert result.out == ""
-
-
-def test_bench_outside_a_checkout(mmlm: Run, checkout: Checkout) -> None:
-    checkout(None)
-    result = mmlm("bench", "flowcut")
-    assert result.code == 2
-    assert "Clone the repository" in result.err

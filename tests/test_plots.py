@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mmlm_efficient import plots
+from mmlm_efficient import load_video, plot_grids, plots
 from mmlm_efficient.errors import MediaError, MissingExtraError, SettingsError
+from mmlm_efficient.plot_grids import token_grids
 from mmlm_efficient.plots import MARGIN_PX, Panel, cut_map, kept_tokens, kept_tokens_panel
 from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.pruning.flowcut import FlowCut
-from mmlm_efficient.tokens import ImageReport
+from mmlm_efficient.tokens import ImageReport, TokenPlaces
 from tests.tiny import IMAGE_TOKEN, batch, images, prompt, tiny_llava
 
 GRID = (3, 4)
@@ -101,6 +102,120 @@ def test_merged_patches_show_in_the_colour_of_their_token() -> None:
         assert np.abs(inside(drawing, patch) - expected).max() <= 1
     grey = colours()[3].mean() * plots.DIMMED
     assert np.abs(inside(drawing, 3) - grey).max() <= 1
+
+
+def test_merged_patches_of_the_report_show_too() -> None:
+    given = [(0, 1, 2), (7,)]
+    by_hand = np.asarray(kept_tokens(picture(), report([0, 7]), members=given))
+    reported = report([0, 7], merged={0: (0, 1, 2)})
+    assert (np.asarray(kept_tokens(picture(), reported)) == by_hand).all()
+    # What is given by hand wins.
+    other = report([0, 7], merged={0: (0, 5)})
+    assert (np.asarray(kept_tokens(picture(), other, members=given)) == by_hand).all()
+    with pytest.raises(SettingsError, match="members of image 0 names patch 12"):
+        kept_tokens(picture(), report([0], merged={0: (0, 12)}))
+
+
+def test_padded_pictures() -> None:
+    grid = report(list(range(16)), grid=(4, 4), n_in=16)
+    wide = Image.new("RGB", (80, 40), (10, 200, 30))
+    drawn = np.asarray(kept_tokens(wide, grid, fit="pad"))[MARGIN_PX:, MARGIN_PX:]
+    cell = plots.PICTURE_PX // 4
+    colours_down = [drawn[row * cell + 5, 5].tolist() for row in range(4)]
+    grey = list(plot_grids.PADDING)
+    assert colours_down == [grey, [10, 200, 30], [10, 200, 30], grey]
+
+
+# Tiles, newlines, frames
+
+
+def tiled() -> TokenPlaces:
+    """An overview of 2 x 2 and tiles of 2 x 3 with a newline per row: 12 tokens."""
+    return TokenPlaces(
+        source=torch.tensor([0] * 4 + [1] * 8),
+        row=torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]),
+        col=torch.tensor([0, 1, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3]),
+        newline=torch.tensor([False] * 7 + [True] + [False] * 3 + [True]),
+        shapes=((2, 2), (2, 3)),
+        crop=None,
+        patch=None,
+    )
+
+
+def frames_places(frames: int) -> TokenPlaces:
+    """Frames of 1 x 2 tokens and a newline at the end."""
+    n_tokens = 2 * frames + 1
+    index = torch.arange(n_tokens)
+    return TokenPlaces(
+        source=index // 2,
+        row=torch.zeros_like(index),
+        col=index % 2,
+        newline=index == n_tokens - 1,
+        shapes=((1, 2),) * frames,
+        crop=None,
+        patch=None,
+        video=True,
+    )
+
+
+def test_token_grids() -> None:
+    overview, tiles = token_grids(report([0], places=tiled()))
+    assert overview.index.tolist() == [[0, 1], [2, 3]]
+    assert overview.newlines.tolist() == [-1, -1]
+    assert tiles.index.tolist() == [[4, 5, 6], [8, 9, 10]]
+    assert tiles.newlines.tolist() == [7, 11]
+    video = token_grids(report([0], n_in=5, places=frames_places(2)))
+    assert [one.index.tolist() for one in video] == [[[0, 1]], [[2, 3]]]
+    with pytest.raises(SettingsError, match="places of 12 tokens, but n_in=13"):
+        token_grids(report([0], n_in=13, places=tiled()))
+
+
+def test_tiles_stand_beside_their_overview() -> None:
+    colour = (240, 160, 80)
+    image = Image.new("RGB", (90, 60), colour)
+    drawn = np.asarray(kept_tokens(image, report([3, 4, 7, 10], places=tiled())))
+    drawn = drawn[MARGIN_PX:, MARGIN_PX:]
+    dim = round(np.mean(colour) * plots.DIMMED)
+    small, large = plot_grids.OVERVIEW_PX // 2, plots.PICTURE_PX // 3
+
+    def at(left: int, row: int, col: int, cell: int) -> list[int]:
+        return [int(v) for v in drawn[row * cell + cell // 2, left + col * cell + cell // 2]]
+
+    overview = [at(0, row, col, small) for row in (0, 1) for col in (0, 1)]
+    assert overview == [[dim] * 3, [dim] * 3, [dim] * 3, list(colour)]
+    left = plot_grids.OVERVIEW_PX + MARGIN_PX
+    tiles = [at(left, row, col, large) for row in (0, 1) for col in (0, 1, 2)]
+    assert tiles == [list(colour), *[[dim] * 3] * 4, list(colour)]
+    ends = [drawn[row * large + large // 2, left + 3 * large + 3].tolist() for row in (0, 1)]
+    assert ends == [list(plot_grids.NEWLINE_KEPT), list(plot_grids.NEWLINE_CUT)]
+
+
+def test_a_video_is_a_strip_of_frames() -> None:
+    shades = [60 + 18 * number for number in range(10)]
+    frames = [Image.new("RGB", (40, 20), (shade, shade, shade)) for shade in shades]
+    everything = report(list(range(21)), n_in=21, places=frames_places(10))
+    drawings = [
+        np.asarray(kept_tokens(given, everything)) for given in (frames, load_video(frames))
+    ]
+    assert (drawings[0] == drawings[1]).all()
+    width, height = plot_grids.FRAME_PX, plot_grids.FRAME_PX // 2
+    for number, shade in enumerate(shades):
+        row, col = divmod(number, plot_grids.FRAMES_PER_ROW)
+        top = MARGIN_PX + row * (height + MARGIN_PX) + height // 2
+        left = MARGIN_PX + col * (width + MARGIN_PX) + width // 4
+        assert drawings[0][top, left].tolist() == [shade] * 3
+    # Of frames that share their tokens, the first.
+    pairs = report(list(range(11)), n_in=11, places=frames_places(5))
+    drawn = np.asarray(kept_tokens(frames[:9], pairs))
+    left = MARGIN_PX + width + MARGIN_PX + width // 4
+    assert drawn[MARGIN_PX + height // 2, left].tolist() == [shades[2]] * 3
+
+
+def test_cut_map_of_tiles_leaves_newlines_out() -> None:
+    layers = torch.tensor([1, 1, -1, -1, 2, 2, -1, -1, -1, -1, -1, -1])
+    given = report([2, 3, 6, 8, 9, 10], places=tiled(), cut_layer=layers)
+    drawn = np.asarray(cut_map(Image.new("RGB", (90, 60), (9, 9, 9)), given))
+    assert not (drawn == plots.DECODER_CUT).all(-1).any()
 
 
 def test_panel_places_pictures_in_rows() -> None:
@@ -198,6 +313,21 @@ def test_a_failed_write_leaves_the_old_file(
             lambda: cut_map(picture(), report([0], cut_layer=torch.zeros(5))),
             SettingsError,
             r"shape \[5\], expected \[12\]",
+        ),
+        (
+            lambda: kept_tokens([picture()], report([0])),
+            SettingsError,
+            "is of one picture: give that",
+        ),
+        (
+            lambda: kept_tokens(picture(), report([0], n_in=5, places=frames_places(2))),
+            SettingsError,
+            "is of a video: give its frames",
+        ),
+        (
+            lambda: kept_tokens([picture()] * 3, report([0], n_in=9, places=frames_places(4))),
+            SettingsError,
+            "is of 4 frames or pairs of frames, but 3 frames were given",
         ),
         (lambda: kept_tokens("no such.png", report([0])), MediaError, "no such file"),
         (lambda: kept_tokens(np.zeros((0, 4, 3), np.uint8), report([0])), MediaError, "no pixels"),

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.families.frames import FrameProcessor
 from mmlm_efficient.tokens import TokenPlaces
 
 Kind = Literal["image", "video"]
+# How a picture is made to fit the tower's grid: the middle is cut out, all is distorted, or the
+# shorter side is padded.
+Fit = Literal["crop", "stretch", "pad"]
 
 
 @dataclass(frozen=True)
@@ -131,18 +135,24 @@ class Family(ABC):
 
     Class attributes:
         name: of the family; describes: the models in words.
+        pixel_inputs: inputs of the model that hold images or videos.
         consumed: inputs of the model that the tower uses up, absent from what the language
             model's part is given.
         packs_pruned: whether tokens can be cut inside and right behind the tower, before they
             are packed. False where packing resizes grids: there all tokens go through, and
             scores are packed as features are.
+        tiles: whether an image may be an overview and tiles.
+        merges_patches: whether the tower makes one token of several patches.
         axes: whether positions count along several axes (M-RoPE), which pruning always keeps.
     """
 
     name: ClassVar[str]
     describes: ClassVar[str]
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values",)
     packs_pruned: ClassVar[bool] = True
+    tiles: ClassVar[bool] = False
+    merges_patches: ClassVar[bool] = False
     axes: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
@@ -240,6 +250,26 @@ class Family(ABC):
     def feature_arguments(self) -> Mapping[str, Any]:
         """Arguments of the model's forward that change its image features, with the values that
         they have when they are left out."""
+
+    # -- pictures and frames in front of the model -----------------------------------------
+
+    def frame_processor(self, processor: Any) -> FrameProcessor | None:
+        """What lays out the frames of videos; None where every frame is an image of the prompt.
+
+        Args:
+            processor: the model's processor of transformers.
+        """
+        return None
+
+    @property
+    def usual_frames(self) -> int:
+        """Frames to take of a video when the request does not say."""
+        return 32 if "video" in self.placeholders else 8
+
+    def image_fit(self, processor: Any) -> Fit:
+        """How the image processor makes a picture fit the grid of one tower run."""
+        images = getattr(processor, "image_processor", None)
+        return "crop" if getattr(images, "do_center_crop", False) else "stretch"
 
     # -- a request's images ----------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mmlm_efficient.errors import PromptError
-from mmlm_efficient.families.base import Visual
+from mmlm_efficient.families.base import Fit, Visual
 from mmlm_efficient.families.llava_like import LlavaLike
 from mmlm_efficient.tokens import TokenPlaces
 
@@ -31,6 +31,13 @@ class Llava(LlavaLike):
     def feature_arguments(self) -> Mapping[str, Any]:
         """The config's layer and feature selection; no image sizes."""
         return {**super().feature_arguments, "image_sizes": None}
+
+    def image_fit(self, processor: Any) -> Fit:
+        """LLaVA-1.5's own image processor pads to a square first."""
+        images: Any = getattr(processor, "image_processor", None)
+        # Others know a do_pad of another meaning.
+        pads = hasattr(images, "pad_to_square") and images.do_pad
+        return "pad" if pads else super().image_fit(processor)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Patches down and across of images [n, 3, height, width]."""

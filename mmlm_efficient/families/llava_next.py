@@ -27,6 +27,7 @@ class LlavaNext(LlavaLike):
         "LlavaNextForConditionalGeneration with a CLIP or SigLIP tower and a Llama, Mistral or "
         "Qwen2 text model"
     )
+    tiles: ClassVar[bool] = True
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
     def __init__(self, model: Any) -> None:

@@ -18,6 +18,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from mmlm_efficient.errors import PromptError
 from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
 from mmlm_efficient.families.base import Kind, Visual
+from mmlm_efficient.families.frames import FrameProcessor, SquareFrames
 from mmlm_efficient.families.llava_like import LlavaLike
 from mmlm_efficient.tokens import TokenPlaces
 
@@ -31,6 +32,8 @@ class LlavaOnevision(LlavaLike):
         "LlavaOnevisionForConditionalGeneration with a SigLIP or CLIP tower and a Qwen2, Llama or "
         "Mistral text model"
     )
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    tiles: ClassVar[bool] = True
     consumed: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_sizes",
@@ -55,6 +58,10 @@ class LlavaOnevision(LlavaLike):
         """The config's layer, feature selection and aspect ratio rule."""
         ratio = self.model.config.vision_aspect_ratio
         return {**super().feature_arguments, "vision_aspect_ratio": ratio}
+
+    def frame_processor(self, processor: Any) -> FrameProcessor:
+        """Frames are stretched to the tower's square."""
+        return SquareFrames(processor)
 
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
         """Images by image_sizes [n, 2] (height, width), then videos."""
@@ -175,13 +182,14 @@ class LlavaOnevision(LlavaLike):
         return result
 
     def wrap_features(self, features: Sequence[Tensor], kinds: Sequence[Kind]) -> dict[str, Any]:
-        """Images as a list; the model flattens videos, so that their counts may differ."""
+        """Images as a list; of videos, one entry per token: the model flattens what it gets, and
+        generate() counts entries to give every beam those of its own prompt."""
         images = [one for one, kind in zip(features, kinds, strict=True) if kind == "image"]
         videos = [one for one, kind in zip(features, kinds, strict=True) if kind == "video"]
         wrapped: dict[str, Any] = {}
         if images:
             wrapped["image"] = BaseModelOutputWithPooling(pooler_output=cast(Any, images))
         if videos:
-            joined = cast(Any, torch.cat(videos)[None])
+            joined = cast(Any, torch.cat(videos).unsqueeze(1))
             wrapped["video"] = BaseModelOutputWithPooling(pooler_output=joined)
         return wrapped

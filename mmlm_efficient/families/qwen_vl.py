@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmlm_efficient.errors import PromptError
 from mmlm_efficient.families.base import DecoderParts, Family, Kind, Visual
+from mmlm_efficient.families.frames import FrameProcessor, PatchFrames
 from mmlm_efficient.families.llava_like import decoder_parts
 from mmlm_efficient.families.packed import PackedTowerParts, packed_tower_parts
 from mmlm_efficient.tokens import TokenPlaces
@@ -29,7 +30,9 @@ class Qwen2VL(Family):
     name: ClassVar[str] = "qwen2_vl"
     model_type: ClassVar[str] = "qwen2_vl"
     describes: ClassVar[str] = "Qwen2VLForConditionalGeneration"
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    merges_patches: ClassVar[bool] = True
     axes: ClassVar[bool] = True
 
     @classmethod
@@ -72,6 +75,10 @@ class Qwen2VL(Family):
     def feature_arguments(self) -> Mapping[str, Any]:
         """None."""
         return {}
+
+    def frame_processor(self, processor: Any) -> FrameProcessor:
+        """Patches join pairs of frames."""
+        return PatchFrames(processor)
 
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
         """One per row of image_grid_thw, then of video_grid_thw."""

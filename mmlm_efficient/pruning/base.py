@@ -147,12 +147,17 @@ class PruningMethod(Method):
             layer; the tower then runs unpruned.
         default_positions: what position_ids="auto" means where positions count along one axis.
         budget_counts: what the budget counts, for documentation.
+        looks_at: what the ranking is computed from; sees_prompt: whether the text has a say;
+            merges: whether tokens are merged, not only dropped; all for documentation.
     """
 
     exact: ClassVar[bool] = True
     observes: ClassVar[frozenset[Sight]] = frozenset()
     default_positions: ClassVar[Literal["compact", "original"]] = "compact"
     budget_counts: ClassVar[str] = "tokens of each image that enter the language model"
+    looks_at: ClassVar[str] = "nothing"
+    sees_prompt: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     keep_tokens: Budget = Field(None, description="tokens to keep per image, >= 1")
     keep_ratio: Ratio = Field(None, description="share of the tokens to keep per image, in (0, 1]")
@@ -250,6 +255,17 @@ class PruningMethod(Method):
     def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
         """The rule behind cuts inside the language model; that of `positions` unless overridden."""
         return self.positions(axes)
+
+    def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
+        """Refuse, before the tower runs, settings that do not fit the model or its images.
+
+        Args:
+            identity: which model it is.
+            n_tokens: tokens of every image, CLS not counted.
+
+        Raises:
+            SettingsError: they do not fit.
+        """
 
     def idle(self, n_tokens: Sequence[int]) -> bool:
         """Whether images of so many tokens all stay whole, so that nothing need be observed."""
@@ -398,8 +414,10 @@ def _explained(method: type[Method], error: ValidationError) -> str:
     lines = []
     for detail in error.errors():
         field = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "missing":
-            lines.append(f"{field} is missing: {method.model_fields[field].description}")
+        if detail["type"] == "missing" and field in method.model_fields:
+            known = method.model_fields.get(str(detail["loc"][0]))
+            what = "" if known is None else f": {known.description}"
+            lines.append(f"{field} is missing{what}")
         elif detail["type"] == "extra_forbidden" and not method.model_fields:
             lines.append(f"takes no settings, got '{field}'")
         elif detail["type"] == "extra_forbidden":

@@ -55,6 +55,10 @@ class FlowCut(PruningMethod):
         "(arXiv 2505.19536)"
     )
     stations: ClassVar[tuple[Station, ...]] = ("tower", "layer")
+    looks_at: ClassVar[str] = (
+        "attention, value similarity and value norms at the relay token (CLS, or the mean of all "
+        "patches) in every tower layer up to the last cut"
+    )
     budget_counts: ClassVar[str] = (
         "tokens of each image; of each tile of a LLaVA-NeXT image, each temporal step of a Qwen "
         "video"

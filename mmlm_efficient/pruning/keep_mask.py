@@ -45,6 +45,7 @@ class KeepMask(PruningMethod):
 
     name: ClassVar[str] = "keep_mask"
     stations: ClassVar[tuple[Station, ...]] = ("bridge",)
+    looks_at: ClassVar[str] = "the user's mask"
 
     exact: ClassVar[bool] = False
 
@@ -86,10 +87,18 @@ class KeepMask(PruningMethod):
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
         """The positions of the selected patches."""
         selection = self._of(tokens.image)
-        if selection.shape not in (None, tokens.grid, (tokens.n_in,)):
+        # Tiles, frames and newlines fit no mask of rows and columns.
+        plain = tokens.n_in == tokens.grid[0] * tokens.grid[1]
+        if selection.shape not in (None, tokens.grid if plain else None, (tokens.n_in,)):
+            has = f"{tokens.grid[0]} x {tokens.grid[1]} patches"
+            if not plain:
+                has = (
+                    f"{tokens.n_in} tokens (tiles or frames, newlines among them): give a flat "
+                    "mask of that length, or the indices to keep"
+                )
             raise SettingsError(
                 f"mask of image {tokens.image} has shape {list(selection.shape or ())}, but the "
-                f"image has {tokens.grid[0]} x {tokens.grid[1]} patches"
+                f"image has {has}"
             )
         if selection.indices[-1] >= tokens.n_in:
             raise SettingsError(

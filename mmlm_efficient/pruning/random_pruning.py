@@ -26,6 +26,7 @@ class RandomPruning(PruningMethod):
 
     name: ClassVar[str] = "random"
     stations: ClassVar[tuple[Station, ...]] = ("bridge",)
+    looks_at: ClassVar[str] = "nothing; a random order fixed by seed and pixels"
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the choice, in [0, 2**32)")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmlm_efficient.errors import PromptError, SettingsError
 from mmlm_efficient.pruning.attention_scores import float_products
-from mmlm_efficient.pruning.visionzip_scores import group_members, group_sums
+from mmlm_efficient.pruning.visionzip import group_members, group_sums
 from mmlm_efficient.tokens import top_positions
 
 _PATCHES = 576

@@ -20,13 +20,14 @@ class UniformPruning(PruningMethod):
 
     name: ClassVar[str] = "uniform"
     stations: ClassVar[tuple[Station, ...]] = ("bridge",)
+    looks_at: ClassVar[str] = "places only"
 
     def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
         """An even grid; every n-th token when an earlier station broke the grid, or when so many
         are kept that newlines are among them."""
         places = tokens.places
         shown = int((~places.newline).sum())
-        if len(tokens) < tokens.n_in or budget > shown:
+        if len(tokens) < tokens.n_in or not 0 < budget <= shown:
             return torch.tensor(_spread(len(tokens), budget), dtype=torch.long)
         parts, done = [], 0
         for source, (rows, cols) in enumerate(places.shapes):

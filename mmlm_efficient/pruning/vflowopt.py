@@ -11,19 +11,28 @@ be dropped passes untouched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import Family, Identity
-from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Scene, Station
+from mmlm_efficient.pruning.base import (
+    LayerJob,
+    PruningMethod,
+    Scene,
+    Station,
+    check_per_image,
+)
 from mmlm_efficient.pruning.observed import Sight
 from mmlm_efficient.pruning.vflowopt_plan import (
     Schedule,
+    Segments,
     StageZero,
     achieved_ratio,
     default_stage_layers,
@@ -32,11 +41,13 @@ from mmlm_efficient.pruning.vflowopt_plan import (
     recycle,
     segments,
     stage_zero,
+    untuned,
 )
 from mmlm_efficient.pruning.vflowopt_profiles import (
+    Profile,
     checked_profile,
     profile_of,
-    untuned_schedule,
+    warn_untuned,
 )
 from mmlm_efficient.pruning.vflowopt_scores import (
     importance,
@@ -65,6 +76,10 @@ class VFlowOpt(PruningMethod):
         "Optimization (arXiv 2508.05211)"
     )
     stations: ClassVar[tuple[Station, ...]] = ("bridge", "layer")
+    looks_at: ClassVar[str] = (
+        "head-mean attention map of one tower layer; entropy of the pixels if weighted"
+    )
+    merges: ClassVar[bool] = True
     observes: ClassVar[frozenset[Sight]] = frozenset({"map"})
     exact: ClassVar[bool] = False
     budget_counts: ClassVar[str] = "tokens of each image, averaged over the decoder layers"
@@ -76,7 +91,10 @@ class VFlowOpt(PruningMethod):
         None, description="kept fractions of stages 0, 1 and 2, each in (0, 1], over the profile's"
     )
     anchor_threshold: float | None = Field(
-        None, ge=0.0, description="anchors receive more than this many times the mean attention"
+        None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="anchors receive more than this many times the mean attention",
     )
     entropy_weight: float | None = Field(
         None, ge=-1.0, le=1.0, description="weight of the patch entropy in the importance"
@@ -105,6 +123,14 @@ class VFlowOpt(PruningMethod):
         False, description="use a named profile although it was made for another model"
     )
 
+    @field_validator("merge_grid_size", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        """YAML reads a bare ``off`` as false."""
+        if value is True:
+            raise SettingsError("merge_grid_size must be a number of at least 1 or 'off', got True")
+        return "off" if value is False else value
+
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         for ratio in self.stage_keep_ratios or ():
@@ -119,7 +145,7 @@ class VFlowOpt(PruningMethod):
                 "layer 0 is never cut"
             )
         grid = self.merge_grid_size
-        if not isinstance(grid, str) and grid is not None and grid < 1.0:
+        if not isinstance(grid, str) and grid is not None and not 1.0 <= grid < math.inf:
             raise SettingsError(f"merge_grid_size must be at least 1 or 'off', got {grid!r}")
         return self
 
@@ -136,11 +162,19 @@ class VFlowOpt(PruningMethod):
         """Whether nothing is dropped of images of so many tokens."""
         if self.stage_keep_ratios is not None:
             return all(ratio == 1.0 for ratio in self.stage_keep_ratios)
-        return all(self.ratio_of(image, count) >= 1.0 for image, count in enumerate(n_tokens))
+        ratios = [self.ratio_of(image, count) for image, count in enumerate(n_tokens)]
+        return all(ratio is not None and ratio >= 1.0 for ratio in ratios)
 
     def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
         """Behind the cuts inside the language model tokens keep their positions, always."""
         return "original"
+
+    def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
+        """Refuse a profile of another model, stage layers out of range, ratios off the budget."""
+        for name, value in (("keep_tokens", self.keep_tokens), ("keep_ratio", self.keep_ratio)):
+            check_per_image(name, value, len(n_tokens))
+        for image, count in enumerate(n_tokens):
+            self.schedule(identity, image, count)
 
     def observed_layer(self, family: Family) -> int:
         """The tower layer whose attention gives the importance.
@@ -160,13 +194,12 @@ class VFlowOpt(PruningMethod):
 
     # -- the schedule ----------------------------------------------------------------------
 
-    def ratio_of(self, image: int, n_tokens: int) -> float:
-        """The mean kept fraction that is asked for an image of n_tokens tokens."""
+    def ratio_of(self, image: int, n_tokens: int) -> float | None:
+        """The mean kept fraction that is asked for an image of n_tokens tokens; None where only
+        stage_keep_ratios say it."""
         if self.keep_tokens is not None:
             return min(1.0, self.budget(image, n_tokens) / n_tokens)
         ratio = self.keep_ratio
-        if ratio is None:
-            return 0.0
         return ratio[image] if isinstance(ratio, tuple) else ratio
 
     def schedule(
@@ -176,51 +209,60 @@ class VFlowOpt(PruningMethod):
 
         Args:
             identity: the model.
-            image: position of the image in the call; n_tokens: its tokens before pruning.
+            image: position of the image in the call.
+            n_tokens: its tokens before pruning.
 
         Raises:
             SettingsError: the profile is of another model, stage layers are out of range, or
                 given ratios miss the budget.
         """
-        budget = self.ratio_of(image, n_tokens)
-        layers, found = self._found(identity, budget)
-        if self.stage_layers is not None:
-            layers = self.stage_layers
-        parts = segments(layers, identity.decoder_layers)
-        ratios = self.stage_keep_ratios or found.stage_keep_ratios
-        mean = achieved_ratio(*ratios, parts)
-        asked = self.keep_ratio is not None or self.keep_tokens is not None
-        if asked and abs(mean - budget) > _TOLERANCE:
+        depth, asked = identity.decoder_layers, self.ratio_of(image, n_tokens)
+        layers = self.stage_layers or default_stage_layers(depth)
+        budget, given = asked, self.stage_keep_ratios
+        if budget is None:
+            budget = achieved_ratio(*(given or (1.0, 1.0, 1.0)), segments(layers, depth))
+        profile = self._profile(identity, budget)
+        if self.stage_layers is None and profile is not None:
+            layers = profile.stage_layers
+        parts = segments(layers, depth)
+        found = self._found(identity, profile, budget, parts)
+        mean = achieved_ratio(*found.stage_keep_ratios, parts)
+        if asked is not None and abs(mean - asked) > _TOLERANCE:
             raise SettingsError(
-                f"stages {list(layers)} with ratios {[round(r, 4) for r in ratios]} keep "
-                f"{mean:.4f} of the tokens on average over {identity.decoder_layers} decoder "
-                f"layers, but keep_ratio is {budget:.4f}: give ratios that match, or leave one out"
+                f"vflowopt: stages {list(layers)} with ratios "
+                f"{[round(ratio, 4) for ratio in found.stage_keep_ratios]} keep {mean:.4f} of the "
+                f"tokens on average over {depth} decoder layers, but keep_ratio is {asked:.4f}: "
+                "give ratios that match, or leave one out"
             )
         grid = found.merge_grid_size if self.merge_grid_size is None else self.merge_grid_size
         return layers, Schedule(
-            ratios,
+            found.stage_keep_ratios,
             found.anchor_threshold if self.anchor_threshold is None else self.anchor_threshold,
             found.entropy_weight if self.entropy_weight is None else self.entropy_weight,
             None if isinstance(grid, str) else grid,
             found.exact_budget if self.exact_budget is None else self.exact_budget,
         )
 
-    def _found(self, identity: Identity, budget: float) -> tuple[tuple[int, int], Schedule]:
-        """What the profile says, or the untuned schedule where there is none."""
-        if budget >= 1.0:
-            layers = default_stage_layers(identity.decoder_layers)
-            return layers, Schedule((1.0, 1.0, 1.0), 2.0, 0.0, None)
-        if budget <= 0.0:  # only stage_keep_ratios were given
-            ratios = self.stage_keep_ratios or (1.0, 1.0, 1.0)
-            layers = default_stage_layers(identity.decoder_layers)
-            return layers, Schedule(ratios, 2.0, 0.0, 16.0)
-        if self.profile not in ("auto", "none"):
-            profile = checked_profile(self.profile, identity, self.allow_profile_mismatch)
-            return profile.stage_layers, profile.schedule(budget)
-        profile_found = profile_of(identity, budget) if self.profile == "auto" else None
-        if profile_found is not None:
-            return profile_found.stage_layers, profile_found.schedule(budget)
-        return untuned_schedule(identity, budget)
+    def _profile(self, identity: Identity, budget: float) -> Profile | None:
+        """The profile in force; None where nothing is pruned or none is to be used or found."""
+        if budget >= 1.0 or self.profile == "none":
+            return None
+        if self.profile == "auto":
+            return profile_of(identity, budget)
+        return checked_profile(self.profile, identity, self.allow_profile_mismatch)
+
+    def _found(
+        self, identity: Identity, profile: Profile | None, budget: float, parts: Segments
+    ) -> Schedule:
+        """The schedule before single settings override it."""
+        if self.stage_keep_ratios is not None:
+            own = untuned(1.0, parts) if profile is None else profile.schedule(profile.keep_ratio)
+            return replace(own, stage_keep_ratios=self.stage_keep_ratios)
+        if profile is not None:
+            return profile.schedule(budget, parts)
+        if budget < 1.0 and self.profile == "auto":
+            warn_untuned(identity.name, budget)
+        return untuned(budget, parts)
 
     # -- stage 0 ---------------------------------------------------------------------------
 
@@ -340,7 +382,9 @@ class VFlowOpt(PruningMethod):
             own = ratios[image]
             if by_sample.setdefault(sample, own) != own:
                 raise SettingsError(
-                    "vflowopt ranks all images of a prompt together: give the images of one "
-                    "prompt the same keep_ratio"
+                    "vflowopt ranks all images of a prompt together, but image "
+                    f"{image} has another budget than an earlier one of its prompt: give the "
+                    "images of one prompt the same keep_ratio (keep_tokens is another share of "
+                    "every size of image)"
                 )
         return layers, ratios

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmlm_efficient.errors import SettingsError, nearest
 from mmlm_efficient.families.base import Identity
@@ -23,13 +22,16 @@ from mmlm_efficient.pruning.vflowopt_plan import (
     Schedule,
     Segments,
     achieved_ratio,
-    default_stage_layers,
     segments,
     solve_last_ratio,
-    untuned,
 )
 
 logger = logging.getLogger("mmlm_efficient.pruning")
+
+# How far a profile's ratios may miss its budget; the released ones miss it by 0.0008.
+_TOLERANCE = 0.01
+# Models without a profile that a warning was given for.
+_warned: set[str] = set()
 
 
 class Profile(BaseModel):
@@ -40,7 +42,7 @@ class Profile(BaseModel):
         (9, 18)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="hub id, folder or name of the model")
     family: str = Field(min_length=1, description="its family")
@@ -54,8 +56,19 @@ class Profile(BaseModel):
     entropy_weight: float = Field(ge=-1, le=1)
     merge_grid_size: float | None = Field(ge=1)
     exact_budget: bool = Field(False, description="stage 0 keeps exactly its share")
-    attention_layer: int | None = Field(None, ge=0, description="tower layer; None for the last")
     search: dict[str, Any] = Field(default_factory=dict, description="how it was found")
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        for ratio in self.stage_keep_ratios:
+            if not 0.0 < ratio <= 1.0:
+                raise SettingsError(f"stage_keep_ratios must be in (0, 1], got {ratio}")
+        mean = achieved_ratio(*self.stage_keep_ratios, self.segments)
+        if abs(mean - self.keep_ratio) > _TOLERANCE:
+            raise SettingsError(
+                f"stage_keep_ratios keep {mean:.4f} on average, but keep_ratio is {self.keep_ratio}"
+            )
+        return self
 
     @property
     def segments(self) -> Segments:
@@ -73,12 +86,21 @@ class Profile(BaseModel):
                 return f"it has {field}={mine!r}, but this model has {theirs!r}"
         return None
 
-    def schedule(self, budget: float) -> Schedule:
-        """The schedule for a budget near the profile's own: what was found for another budget is
-        kept in proportion, and the last ratio solved anew."""
+    def schedule(self, budget: float, parts: Segments | None = None) -> Schedule:
+        """The schedule for a budget near the profile's own, or for other stage layers: the first
+        ratio is kept in proportion to the budget, and the last one solved anew.
+
+        Args:
+            budget: kept fraction averaged over the decoder layers, (0, 1].
+            parts: see :func:`segments`; the profile's own if None.
+
+        Raises:
+            SettingsError: the stages lie so late that nothing is left of the budget for the last.
+        """
         r0, r1, r2 = self.stage_keep_ratios
-        if abs(budget - self.keep_ratio) > 1e-9:
-            r0, r1, r2 = fitted(budget, r0 * budget / self.keep_ratio, r1, self.segments)
+        parts = self.segments if parts is None else parts
+        if abs(budget - self.keep_ratio) > 1e-9 or parts != self.segments:
+            r0, r1, r2 = fitted(budget, r0 * budget / self.keep_ratio, r1, parts)
         return Schedule(
             (r0, r1, r2),
             self.anchor_threshold,
@@ -113,9 +135,8 @@ def built_in() -> dict[str, Path]:
     return {file.stem: file for file in sorted(preset_folder("profiles").glob("*.yaml"))}
 
 
-@functools.lru_cache(maxsize=64)
 def named_profile(source: str) -> Profile:
-    """A profile by its name, or from a file.
+    """A profile by its name, or from a file, which is read again when it has changed.
 
     Args:
         source: a name in ``configs/profiles``, or the path of a YAML file.
@@ -123,16 +144,23 @@ def named_profile(source: str) -> Profile:
     Raises:
         SettingsError: neither, not YAML, or not a profile.
     """
-    path = Path(os.path.expanduser(source))
     if source in built_in():
-        path = built_in()[source]
-    elif not path.is_file():
+        return _read(source, built_in()[source], 0)
+    path = Path(source).expanduser()
+    if not path.is_file():
         close = nearest(source, built_in())
         hint = f" Did you mean {close!r}?" if close else ""
         raise SettingsError(
             f"profile: {source!r} is neither a file nor a built-in profile.{hint} Built in: "
             f"{', '.join(built_in()) or 'none'}. Make one with: mmlm calibrate vflowopt"
         )
+    path = path.resolve()
+    return _read(source, path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(source: str, path: Path, _: int) -> Profile:
+    """The profile in a file as it was at a time; source is what the user called it."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -142,11 +170,13 @@ def named_profile(source: str) -> Profile:
     if not isinstance(values, dict):
         raise SettingsError(f"profile {source}: holds {type(values).__name__}, not a profile.")
     try:
-        return Profile(**values)
+        return Profile.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"profile {source}: {place}: {first['msg']}.") from error
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise SettingsError(
+            f"profile {source}: {place}{first['msg'].removeprefix('Value error, ')}"
+        ) from error
 
 
 def profile_of(identity: Identity, budget: float) -> Profile | None:
@@ -179,11 +209,14 @@ def checked_profile(source: str, identity: Identity, allow_mismatch: bool) -> Pr
     return profile
 
 
-@functools.lru_cache(maxsize=64)
-def _warn_untuned(name: str, budget: float) -> None:
+def warn_untuned(name: str, budget: float) -> None:
+    """Say, once per model, that a schedule is used that nobody tuned for it."""
+    if name in _warned:
+        return
+    _warned.add(name)
     logger.warning(
-        "vflowopt: there is no profile of %s for keep_ratio=%g, so an untuned schedule is used. "
-        "Make one with: mmlm calibrate vflowopt --model %s --budget %g --data FOLDER",
+        "vflowopt: there is no profile of %s, so an untuned schedule is used for keep_ratio=%.3g. "
+        "Make one with: mmlm calibrate vflowopt --model %s --budget %.3g --data FOLDER",
         name,
         budget,
         name,
@@ -191,20 +224,12 @@ def _warn_untuned(name: str, budget: float) -> None:
     )
 
 
-def untuned_schedule(identity: Identity, budget: float) -> tuple[tuple[int, int], Schedule]:
-    """Stage layers and schedule of a model without a profile; warns once per model and budget."""
-    _warn_untuned(identity.name, budget)
-    layers = default_stage_layers(identity.decoder_layers)
-    return layers, untuned(budget, segments(layers, identity.decoder_layers))
-
-
 __all__ = [
     "Profile",
-    "achieved_ratio",
     "built_in",
     "checked_profile",
     "fitted",
     "named_profile",
     "profile_of",
-    "untuned_schedule",
+    "warn_untuned",
 ]

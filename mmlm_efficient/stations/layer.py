@@ -80,7 +80,8 @@ class LayerRequest:
     Attributes:
         kept: for each image that was cut, int64 positions among its tokens before the decoder,
             merged tokens last, each as its carrier.
-        members: for each image with merged tokens, by carrier, the positions of all members.
+        members: for each image with merged tokens, by carrier, the positions of all members;
+            a token that was merged with no other is not listed.
         cut_layers: decoder layers whose output was cut, in order.
         counts: for each image, its tokens after each of those cuts.
         scored_layers: decoder layers that were scored in the last prefill.
@@ -445,7 +446,8 @@ class LayerRequest:
                 ids = [origin(position) for position in group.tolist()]
                 # A member that stood for several tokens itself brings them along.
                 everything = [one for i in ids for one in own.get(i, (i,))]
-                merged[ids[0]] = tuple(sorted(set(everything)))
+                if len(everything) > 1:
+                    merged[ids[0]] = tuple(sorted(set(everything)))
             self.kept[image] = keep if kept is None else kept[keep]
             left = set(self.kept[image].tolist())
             self.members[image] = {i: m for i, m in own.items() if i in left} | merged

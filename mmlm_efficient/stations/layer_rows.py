@@ -63,7 +63,7 @@ class SampleRows:
         """
         if self._embeddings is None:
             raise RuntimeError("the cut did not ask for embeddings")
-        return self._embeddings[columns]
+        return self._embeddings[columns.to(self._embeddings.device)]
 
     def _heads(self, part: int, columns: Tensor, heads: int) -> Tensor:
         rows = self._projections[part][columns]

@@ -31,7 +31,6 @@ from mmlm_efficient.errors import SettingsError, UnsupportedError
 from mmlm_efficient.prepare import prepare
 from mmlm_efficient.pruning import VFlowOpt
 from mmlm_efficient.pruning.vflowopt_plan import achieved_ratio, segments
-from mmlm_efficient.pruning.vflowopt_profiles import named_profile
 
 pytest.importorskip("optuna")
 
@@ -214,7 +213,6 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     profiles = [yaml.safe_load((tmp_path / f"{n}.yaml").read_text()) for n in ("whole", "killed")]
     assert profiles[0] == profiles[1]
     assert Image.open(out.with_suffix(".png")).size[0] > 300
-    named_profile.cache_clear()
     with load("pocket") as lmm:
         method = VFlowOpt(keep_ratio=0.25, profile=str(out))
         answer = lmm.ask("what is there?", Image.new("RGB", (96, 96)), methods=method)

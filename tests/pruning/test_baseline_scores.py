@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmlm_efficient.errors import SettingsError
-from mmlm_efficient.pruning import divprune_scores
-from mmlm_efficient.pruning.divprune_scores import farthest_order
-from mmlm_efficient.pruning.visionzip_scores import split_budget, zip_tokens
-from mmlm_efficient.pruning.vispruner_scores import important_and_diverse
+from mmlm_efficient.pruning import divprune
+from mmlm_efficient.pruning.divprune import farthest_order
+from mmlm_efficient.pruning.visionzip import split_budget, zip_tokens
+from mmlm_efficient.pruning.vispruner import important_and_diverse
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flowcut" / "baselines.npz"
 
@@ -61,7 +61,7 @@ def test_divprune_fewer_picks_are_a_prefix() -> None:
 def test_divprune_of_equal_tokens_keeps_the_first(
     whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(divprune_scores, "WHOLE_MATRIX_TOKENS", whole)
+    monkeypatch.setattr(divprune, "WHOLE_MATRIX_TOKENS", whole)
     torch.manual_seed(0)
     tokens = torch.randn(1, 333).expand(130, 333)
     assert farthest_order(tokens, 50).tolist() == list(range(50))
@@ -88,7 +88,7 @@ def test_divprune_row_by_row_equals_the_matrix(whole: int, monkeypatch: pytest.M
     torch.manual_seed(2)
     tokens = torch.randn(41, 9)
     want = farthest_order(tokens, 30).tolist()
-    monkeypatch.setattr(divprune_scores, "WHOLE_MATRIX_TOKENS", whole)
+    monkeypatch.setattr(divprune, "WHOLE_MATRIX_TOKENS", whole)
     assert farthest_order(tokens, 30).tolist() == want
 
 

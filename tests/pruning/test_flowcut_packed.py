@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,23 @@ def test_offset_entropy() -> None:
     small = torch.tensor([[1e-7, 1 - 1e-7]])
     two = torch.tensor([2])
     assert float(offset_entropy_ratio(small, two)) < float(entropy_ratio(small, two))
+
+
+@pytest.mark.parametrize(
+    ("alignment", "ratio"),
+    [("window", 0.0), ("reference", -math.log(1 + 2**-23) / math.log(32))],
+)
+def test_only_the_reference_adds_to_the_logarithm(alignment: MergeAlignment, ratio: float) -> None:
+    """All attention on one patch: in float32, 1 + 1e-7 is the next number after 1."""
+    work = TowerJob((8,), 32, last_cut_layer=4, has_cls=False, merge_unit=4)
+    tower_pass = PackedFlowCutPass(FlowCut(keep_tokens=2), work, alignment)
+    tower_pass.begin(1, 32)
+    tower_pass.observe(rows(torch.eye(32)[:1]))
+    keep = tower_pass.cut(0)
+    assert keep is not None
+    assert tower_pass.entropy_ratios[0] == pytest.approx([ratio], rel=1e-3, abs=1e-12)
+    # round((N - T) / sqrt(4)): of 8 squares 3, of 32 patches 12 go.
+    assert len(keep[0]) == 20
 
 
 @both_alignments

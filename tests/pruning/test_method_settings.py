@@ -124,7 +124,20 @@ def test_budgets_per_image() -> None:
 
 
 def test_registry() -> None:
-    assert list(METHODS) == ["none", "flowcut", "random", "uniform", "keep_mask"]
+    assert list(METHODS) == [
+        "none",
+        "flowcut",
+        "vflowopt",
+        "visionzip",
+        "vispruner",
+        "divprune",
+        "fastv",
+        "pyramiddrop",
+        "sparsevlm",
+        "random",
+        "uniform",
+        "keep_mask",
+    ]
     assert all(method.name == name for name, method in METHODS.items())
     assert method_class("none") is NoPruning
     with pytest.raises(SettingsError, match="did you mean 'flowcut'.*Known methods: none"):

@@ -1,13 +1,14 @@
-"""The maths of DivPrune, without any model: pick tokens that are far from each other.
+"""DivPrune: keep the tokens that are farthest from each other.
 
 Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
 arXiv 2503.02175, the rule of its section on max-min diversity. Implemented from that rule alone
-(the authors' code has a non-commercial licence).
+(the authors' code has a non-commercial licence). The prompt plays no part.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +16,41 @@ from torch.nn import functional
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pruning.attention_scores import float_products
+from mmlm_efficient.pruning.base import PruningMethod, Station
+from mmlm_efficient.tokens import VisualTokens
 
 WHOLE_MATRIX_TOKENS = 2048
 """Up to so many tokens the whole V x V matrix is held (16 MiB); beyond, blocks of its rows."""
 
 _SAME = 1e-6
 """Cosine distances below float32's rounding error are 0, so that duplicates tie exactly."""
+
+
+class DivPrune(PruningMethod):
+    """Keep the tokens of each image that are farthest from each other.
+
+    All tokens count and may leave, the newlines of a tiled image among them. The paper rounds a
+    ratio's count, here it is rounded down as everywhere.
+
+    Example:
+        >>> DivPrune(keep_ratio=0.098).budget(0, 576)
+        56
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = (
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models "
+        "(arXiv 2503.02175)"
+    )
+    stations: ClassVar[tuple[Station, ...]] = ("bridge",)
+    looks_at: ClassVar[str] = "cosines between the projected tokens"
+    budget_counts: ClassVar[str] = "tokens of each image, newlines among them"
+
+    def select(self, tokens: VisualTokens, budget: int, pixels: Tensor) -> Tensor:
+        """The tokens of `farthest_order`, in the order of the image."""
+        if budget == 0:  # a CLS token that the model keeps has taken it all
+            return torch.empty(0, dtype=torch.long)
+        return torch.sort(farthest_order(tokens.features, budget)).values
 
 
 def _distances(rows: Tensor, units: Tensor) -> Tensor:

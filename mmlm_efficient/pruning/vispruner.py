@@ -1,21 +1,75 @@
-"""The maths of VisPruner, without any model: important patches, and diverse ones among the rest.
+"""VisPruner: important patches, and diverse ones among the rest.
 
 Source: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
 arXiv 2412.01818, and the list order of its reference code (Theia-4869/VisPruner, Apache-2.0), whose
-indices this module reproduces.
+indices this module reproduces. Both rankings look at the tower alone; the prompt plays no part.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pruning.attention_scores import float_products
+from mmlm_efficient.pruning.base import PruningMethod, Station
+from mmlm_efficient.pruning.observed import Crop, Sight
+from mmlm_efficient.tokens import CLS_INDEX
 
 _STEP = 8
 """Most patches that one round of pairwise comparison removes."""
+
+
+class VisPruner(PruningMethod):
+    """Keep important patches, and patches unlike them and each other.
+
+    A tower without CLS ranks by the attention that each patch receives. The patches are compared
+    in front of the projector; where a model resizes them before it uses them (LLaVA-OneVision),
+    behind it. A CLS token that the model keeps stays, and is one of the budget.
+
+    Example:
+        >>> VisPruner(keep_tokens=64).important_ratio
+        0.5
+    """
+
+    name: ClassVar[str] = "vispruner"
+    paper: ClassVar[str] = (
+        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs "
+        "(arXiv 2412.01818)"
+    )
+    stations: ClassVar[tuple[Station, ...]] = ("tower",)
+    looks_at: ClassVar[str] = (
+        "CLS row (or received attention) of the tower's last used layer; features in front of the "
+        "projector"
+    )
+    observes: ClassVar[frozenset[Sight]] = frozenset({"relay"})
+    budget_counts: ClassVar[str] = (
+        "tokens of each image; of each tile of a LLaVA-NeXT image, each temporal step of a Qwen "
+        "video"
+    )
+
+    important_ratio: float = Field(
+        0.5, ge=0.0, le=1.0, description="share of the kept tokens chosen by attention, in [0, 1]"
+    )
+
+    def condense(self, crop: Crop, budget: int) -> Crop:
+        """The patches of `important_and_diverse`, in raster order."""
+        lead = int((crop.index == CLS_INDEX).sum())
+        if crop.observed is None or crop.observed.relay is None:
+            raise RuntimeError("the tower's attention was not observed")
+        keep = torch.arange(lead)
+        if budget > lead:
+            patches = important_and_diverse(
+                crop.observed.relay, crop.features[lead:], budget - lead, self.important_ratio
+            )
+            keep = torch.cat([keep, patches.to("cpu") + lead])
+        features = crop.features[keep.to(crop.features.device)]
+        return replace(crop, features=features, index=crop.index[keep])
 
 
 def important_and_diverse(

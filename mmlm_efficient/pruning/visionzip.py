@@ -1,21 +1,111 @@
-"""The maths of VisionZip, without any model: dominant patches, and the rest merged into a few.
+"""VisionZip: dominant patches, and the rest merged into a few.
 
 Source: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467,
 and its reference code (dvlab-research/VisionZip, Apache-2.0), whose numbers these functions
-reproduce.
+reproduce. Ranking and merging look at the tower alone; the prompt plays no part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pruning.attention_scores import float_products
-from mmlm_efficient.tokens import top_positions
+from mmlm_efficient.pruning.base import PruningMethod, Station
+from mmlm_efficient.pruning.observed import Crop, Sight
+from mmlm_efficient.tokens import CLS_INDEX, top_positions
+
+
+class VisionZip(PruningMethod):
+    """Keep the patches with the most attention, and merge all others into a few tokens.
+
+    A budget of T tokens is split into dominant and contextual (merged) ones like the published
+    54 + 10, unless `contextual_tokens` says otherwise. The tower's CLS token becomes a token and is
+    one of the dominant ones, also where the model drops it. A tower without CLS, or a model that
+    resizes patches before it uses them, gives none: then all dominant tokens are patches, ranked
+    by the attention that each receives. A CLS token has no place among the patches, so positions
+    are renumbered; "original" is refused where it enters a model that has no place for it.
+
+    Example:
+        >>> VisionZip(keep_tokens=64).split(64, has_cls=True)
+        (54, 10)
+        >>> VisionZip(keep_tokens=64, contextual_tokens=4).split(64, has_cls=True)
+        (60, 4)
+    """
+
+    name: ClassVar[str] = "visionzip"
+    paper: ClassVar[str] = (
+        "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
+    )
+    stations: ClassVar[tuple[Station, ...]] = ("tower",)
+    looks_at: ClassVar[str] = (
+        "CLS row (or received attention) and keys of the tower's last used layer"
+    )
+    merges: ClassVar[bool] = True
+    observes: ClassVar[frozenset[Sight]] = frozenset({"relay", "keys"})
+    budget_counts: ClassVar[str] = (
+        "tokens of each image, CLS and merged ones among them; of each tile of a LLaVA-NeXT image, "
+        "each temporal step of a Qwen video"
+    )
+
+    contextual_tokens: int | None = Field(
+        None,
+        ge=0,
+        strict=True,
+        description="merged tokens among the budget; by default 10 of 64",
+    )
+
+    @model_validator(mode="after")
+    def _check_contextual(self) -> Self:
+        tokens = self.keep_tokens
+        if tokens is not None:
+            self.split(min(tokens) if isinstance(tokens, tuple) else tokens, has_cls=True)
+        return self
+
+    def split(self, tokens: int, *, has_cls: bool) -> tuple[int, int]:
+        """Dominant tokens (CLS among them if there is one) and contextual ones of a budget.
+
+        Raises:
+            SettingsError: contextual_tokens leaves no dominant token.
+        """
+        if self.contextual_tokens is None:
+            return split_budget(tokens, has_cls)
+        if self.contextual_tokens >= tokens:
+            raise SettingsError(
+                f"contextual_tokens={self.contextual_tokens} leaves no dominant token in a budget "
+                f"of {tokens}: give fewer, or keep more tokens"
+            )
+        return tokens - self.contextual_tokens, self.contextual_tokens
+
+    def condense(self, crop: Crop, budget: int) -> Crop:
+        """CLS, dominant patches in raster order, contextual tokens in order of their anchors."""
+        seen = crop.observed
+        if seen is None or seen.relay is None or seen.keys is None:
+            raise RuntimeError("the tower's attention and keys were not observed")
+        lead = int((crop.index == CLS_INDEX).sum())
+        patches, index = crop.features[lead:], crop.index[lead:]
+        has_cls = crop.cls is not None
+        dominant, contextual = self.split(budget, has_cls=has_cls)
+        zipped = zip_tokens(seen.relay, seen.keys, patches, dominant - int(has_cls), contextual)
+        kept = index[zipped.dominant.to("cpu")]
+        places = index.tolist()
+        groups = [tuple(places[patch] for patch in group) for group in zipped.members]
+        features = [patches[zipped.dominant], zipped.contextual]
+        indices = [kept, index[zipped.anchors.to("cpu")]]
+        members = [*((place,) for place in kept.tolist()), *groups]
+        if crop.cls is not None:
+            features.insert(0, crop.cls.unsqueeze(0))
+            indices.insert(0, torch.tensor([CLS_INDEX]))
+            members.insert(0, (CLS_INDEX,))
+        return replace(
+            crop, features=torch.cat(features), index=torch.cat(indices), members=tuple(members)
+        )
 
 
 @dataclass(frozen=True)
