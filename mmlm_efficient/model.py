@@ -191,8 +191,7 @@ class EfficientLMM:
             seed: makes sampling reproducible without touching torch's global random state.
             video: path, bytes of a file, a list of frames, or a `Video`; see `load_video`. To a
                 model without an input for videos, each frame is an image of the prompt.
-            sampling: which frames of a video file to take; without it, those of `sampling`. Of
-                frames that were picked already, all are taken.
+            sampling: which frames of a video file to take; None is the model's own `sampling`.
             generation: passed on to transformers' generate(), such as do_sample, temperature or
                 stop_strings. With a generation_config, max_new_tokens of this call is the one
                 that counts.
