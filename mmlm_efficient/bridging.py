@@ -94,6 +94,7 @@ def _behind_cls(tokens: VisualTokens, n_cls: int, fewer: VisualTokens) -> Visual
         scores=None
         if scores is None
         else torch.cat([scores.new_full((n_cls,), torch.inf), scores]),
+        notes=fewer.notes,
     )
 
 

@@ -69,6 +69,7 @@ def image_report(
         per_station={"tower": n_tower, "bridge": len(tokens), "layer": entering},
         decoder_layer_tokens=tuple(per_layer),
         places=tokens.places,
+        notes=tokens.notes,
         merged={carrier: group for carrier, group in groups.items() if carrier in left},
         **({} if crops is None else _tower_details(tokens, crops)),
     )

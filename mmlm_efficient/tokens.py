@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class VisualTokens:
         members: all unpruned tokens merged into each token, or None when each token stands
             for itself alone.
         scores: float32 [T], importance that later stations may use, or None.
+        notes: what the method found out about the image, for the report.
     """
 
     features: Tensor
@@ -86,6 +88,7 @@ class VisualTokens:
     image: int
     members: tuple[tuple[int, ...], ...] | None = None
     scores: Tensor | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -130,6 +133,7 @@ class VisualTokens:
             image=self.image,
             members=members,
             scores=None if self.scores is None else self.scores[keep.to(self.scores.device)],
+            notes=self.notes,
         )
 
 
@@ -153,6 +157,9 @@ class ImageReport:
         decoder_layer_tokens: visual tokens (CLS counted) entering each decoder layer.
         places: where the unpruned tokens stand; None in reports made by hand of a plain grid.
         merged: for each kept token that stands for several, its index and all its members.
+        notes: what the method says about the image; VFlowOpt: "anchors_per_crop",
+            "anchor_fallback" (a crop had no anchor, its most attended token stood in),
+            "recycled_tokens" (merged ones behind stage 0).
     """
 
     image: int
@@ -168,6 +175,7 @@ class ImageReport:
     decoder_layer_tokens: tuple[int, ...] = ()
     places: TokenPlaces | None = None
     merged: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean_decoder_tokens(self) -> float:

@@ -15,7 +15,7 @@ from PIL import Image
 from mmlm_efficient import RandomPruning, cli
 from tests.clips import write_clip
 from tests.command import Run, runner
-from tests.test_original_llava import (
+from tests.original_llava.sources import (
     original_names,
     original_settings,
     source,

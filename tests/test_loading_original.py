@@ -16,7 +16,7 @@ from mmlm_efficient.original_llava import load_original
 from mmlm_efficient.quantization import skipped_modules, verify_quantized
 from mmlm_efficient.settings import Config
 from tests.clips import pictures
-from tests.test_original_llava import (
+from tests.original_llava.sources import (
     original_names,
     original_settings,
     source,

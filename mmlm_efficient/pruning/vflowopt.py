@@ -50,8 +50,10 @@ from mmlm_efficient.pruning.vflowopt_profiles import (
     warn_untuned,
 )
 from mmlm_efficient.pruning.vflowopt_scores import (
+    anchors,
     importance,
     patch_entropy,
+    received_attention,
     recovered_pixels,
     released_entropy,
 )
@@ -285,10 +287,9 @@ class VFlowOpt(PruningMethod):
             exact_budget=schedule.exact_budget,
         )
         ranks = scores.masked_fill(newline, torch.inf)
+        notes = {**_anchor_notes(scene, schedule), "recycled_tokens": plan.n_cells}
         if plan.is_identity:
-            return VisualTokens(
-                tokens.features, tokens.index, places, tokens.image, tokens.members, ranks
-            )
+            return replace(tokens, scores=ranks, notes=notes)
         merged = plan.n_cells > 0
         features = recycle(tokens.features, scores, plan) if merged else tokens.features[plan.kept]
         return VisualTokens(
@@ -298,6 +299,7 @@ class VFlowOpt(PruningMethod):
             image=tokens.image,
             members=members_of(plan) if merged else None,
             scores=self._ranks(ranks, plan)[plan.kept],
+            notes=notes,
         )
 
     def _cells(self, tokens: VisualTokens, scene: Scene, schedule: Schedule) -> float | None:
@@ -315,7 +317,7 @@ class VFlowOpt(PruningMethod):
 
     def importance_of(self, scene: Scene, schedule: Schedule) -> Tensor:
         """Importance float32 [L] of an image's packed tokens, 1 on newlines."""
-        maps = torch.stack([one.map for one in scene.observed if one.map is not None])
+        maps = _maps(scene)
         entropy = None
         if schedule.entropy_weight != 0.0:
             key = f"entropy {self.entropy_mode}"
@@ -388,3 +390,17 @@ class VFlowOpt(PruningMethod):
                     "every size of image)"
                 )
         return layers, ratios
+
+
+def _maps(scene: Scene) -> Tensor:
+    """Head-mean attention maps [C, N, N] of the image's crops."""
+    return torch.stack([one.map for one in scene.observed if one.map is not None])
+
+
+def _anchor_notes(scene: Scene, schedule: Schedule) -> dict[str, Any]:
+    """How many anchors each crop had, and whether one had none of its own."""
+    found = anchors(received_attention(_maps(scene)), schedule.anchor_threshold)
+    return {
+        "anchors_per_crop": tuple(found.mask.sum(dim=-1).tolist()),
+        "anchor_fallback": bool(found.fallback.any()),
+    }

@@ -347,9 +347,7 @@ class TestComposition:
             FlowCut(keep_tokens=8),
             RandomPruning(keep_tokens=4, position_ids="original"),
         ]
-        with pytest.raises(
-            SettingsError, match="'flowcut' has position_ids='auto' and 'random'"
-        ):
+        with pytest.raises(SettingsError, match="'flowcut' has position_ids='auto' and 'random'"):
             run(parts, methods)
 
     def test_tower_and_bridge_go_together(self, parts: LMMParts) -> None:

@@ -116,6 +116,19 @@ def test_every_stage_keeps_what_the_towers_attention_says(
     assert report.merged == want
 
 
+@pytest.mark.parametrize(("threshold", "fallback"), [(1.0, False), (1e5, True)])
+def test_the_report_tells_the_anchors(parts: LMMParts, threshold: float, fallback: bool) -> None:
+    pixels = tiny.images(1, seed=3)
+    with torch.no_grad():
+        prepared = ready(parts, vflowopt(anchor_threshold=threshold), pixels=pixels)
+        notes = prepared.report().images[0].notes
+    received = tower_map("clip", pixels, 4)[0].mean(dim=0)
+    count = 1 if fallback else int((received > threshold / N).sum())
+    assert notes["anchors_per_crop"] == (count,)
+    assert notes["anchor_fallback"] is fallback
+    assert notes["recycled_tokens"] > 0
+
+
 def test_merged_tokens_cover_all_low_tokens_that_are_still_represented(
     model: Any, parts: LMMParts
 ) -> None:
