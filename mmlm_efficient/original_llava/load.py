@@ -3,7 +3,7 @@
 Such a folder (``liuhaotian/llava-v1.5-7b``, ``llava-v1.6-*``, ``lmms-lab/llava-onevision-*``) has
 one flat config.json, tensors under the names of the ``llava`` package, no image token, no
 processor, and mostly no vision tower: the LLaVA-1.5 checkpoints leave CLIP in its own repository.
-`mmlm_efficient.original_llava_names` translates configs and names; here the files are read, the
+`config` and `names` beside this file translate configs and names; here the files are read, the
 image token is added and the processor is built.
 
 The image token takes the next free id of the tokenizer. Where the embedding has no row for it, the

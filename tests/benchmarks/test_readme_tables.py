@@ -12,9 +12,14 @@ import torch
 
 from benchmarks import readme_tables
 from benchmarks.common import ROOT
-from mmlm_efficient.prepare import LMMParts, prepare
-from mmlm_efficient.pruning.flowcut import FlowCut
+from mmlm_efficient.errors import UnsupportedError
+from mmlm_efficient.families import FAMILIES
+from mmlm_efficient.prepare import LMMParts, check_family, prepare
+from mmlm_efficient.pruning.base import Method, PruningMethod
+from mmlm_efficient.pruning.fastv import FastV
 from mmlm_efficient.pruning.registry import METHODS
+from mmlm_efficient.pruning.support import matrix, support
+from tests import tiny_families
 from tests.tiny import IMAGE_TOKEN, batch, images, prompt, tiny_llava
 
 ADDING = ROOT / "docs" / "adding_a_method.md"
@@ -57,12 +62,110 @@ def test_method_table_has_every_method() -> None:
     assert "https://arxiv.org/abs/2505.19536" in table
 
 
-def test_settings_table_has_every_field() -> None:
-    table = readme_tables.flowcut_settings()
-    for name, field in FlowCut.model_fields.items():
-        assert f"| `{name}` |" in table
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_settings_table_has_every_field(name: str) -> None:
+    table = readme_tables.TABLES[f"{name}_settings"]()
+    assert table == readme_tables.method_settings(name)
+    for setting, field in METHODS[name].model_fields.items():
+        assert f"| `{setting}` |" in table
         assert field.description
         assert field.description in table
+
+
+def lines_of(table: str) -> list[list[str]]:
+    """The cells of a table's rows, its head left out."""
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]
+    ]
+
+
+def test_facts_table_has_every_pruning_method() -> None:
+    rows = lines_of(readme_tables.method_facts())
+    methods = {name: one for name, one in METHODS.items() if issubclass(one, PruningMethod)}
+    assert len(rows) == len(methods)
+    for row, (name, method) in zip(rows, methods.items(), strict=True):
+        page = ROOT / "docs" / "methods" / f"{name}.md"
+        # Whoever comes from a paper has a page with the settings.
+        assert page.is_file() == bool(method.paper)
+        assert row[0] == (f"[`{name}`](methods/{name}.md)" if method.paper else f"`{name}`")
+        if method.paper:
+            assert f"<!-- table:{name}_settings -->" in page.read_text(encoding="utf-8")
+        assert row[1] == method.looks_at
+        assert row[2:4] == ["yes" if one else "no" for one in (method.sees_prompt, method.merges)]
+        assert row[5] == method.budget_counts
+
+
+def test_matrix_covers_methods_and_families() -> None:
+    head, *_ = readme_tables.method_matrix().splitlines()
+    assert head == "| method | " + " | ".join(f"`{one.name}`" for one in FAMILIES) + " |"
+    rows = lines_of(readme_tables.method_matrix())
+    assert [row[0] for row in rows] == [f"`{name}`" for name in METHODS]
+    for row, method in zip(rows, METHODS.values(), strict=True):
+        assert row[1:] == [support(method, family) or "no" for family in FAMILIES]
+
+
+class OnlyLlava(FastV):
+    """A method that knows one family."""
+
+    name = "only_llava"
+    families = ("llava",)
+
+
+BUDGET = 4
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_matrix_says_what_the_code_does(family: Any) -> None:
+    if family.name == "llava":
+        model: Any = tiny_llava()
+        inputs = batch([prompt(1, IMAGE_TOKEN, 5, 6)], images(1))
+    else:
+        model = tiny_families.tiny_model(family.name)
+        inputs = tiny_families.sample_inputs(family.name, "one")
+    with LMMParts(model) as parts, torch.no_grad():
+        n_crops = parts.family.visuals(inputs)[0].n_crops
+        for name, method in {**METHODS, OnlyLlava.name: OnlyLlava}.items():
+            made = _small(method)
+            words = support(method, family)
+            if words is None:
+                with pytest.raises(UnsupportedError, match=name):
+                    check_family([made], parts.family)
+                with pytest.raises(UnsupportedError, match=name):
+                    prepare(parts, inputs, [made])
+                continue
+            prepared = prepare(parts, inputs, [made])
+            with prepared.active():
+                model(**prepared.model_inputs)
+            image = prepared.report().images[0]
+            entering, leaving = image.per_station["bridge"], image.per_station["layer"]
+            assert _as_said(words, image.n_in, entering, leaving, n_crops), (name, words, image)
+
+
+def _small(method: type[Method]) -> Method:
+    """The method with a budget of four tokens."""
+    if not issubclass(method, PruningMethod):
+        return method()
+    if "mask" in method.model_fields:
+        return method(mask=list(range(BUDGET)))
+    return method(keep_tokens=BUDGET)
+
+
+def _as_said(words: str, n_in: int, entering: int, leaving: int, n_crops: int) -> bool:
+    """Whether the tokens that enter and leave the decoder are what the matrix says."""
+    if words == "yes":
+        return n_in == entering == leaving
+    if words == "per image in the decoder":
+        return leaving < entering == n_in
+    if words.endswith("then per prompt in the decoder"):
+        return 0 < leaving <= entering < n_in
+    if words.endswith("per tile"):
+        return n_crops > 1 and BUDGET < entering == leaving <= BUDGET * n_crops
+    return entering == leaving == BUDGET
+
+
+def test_a_method_that_does_not_know_a_family_is_in_the_matrix_as_no() -> None:
+    (row,) = matrix({OnlyLlava.name: OnlyLlava})
+    assert row == ["only_llava", "per image in the decoder", "no", "no", "no", "no"]
 
 
 def test_check_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +259,67 @@ def test_bench_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| peak MiB beyond the weights | 32.0 | 32.0 | 1.000 |" in table
     assert "| 64 | 3.000 | 3.000 | 4.10x | 4.50x | 3.00x | 1.00x | 3.0 |" in table
     assert "a quarter; 87 text tokens; float32" in table
+
+
+def test_methods_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(method: str, ratio: float, share: float, tokens: float) -> dict[str, Any]:
+        return {
+            "method": method,
+            "keep_ratio": ratio,
+            "overall": {"accuracy": share},
+            "mean_decoder_tokens": tokens,
+        }
+
+    rows = [
+        row("none", 1.0, 0.95, 144.0),
+        row("fastv", 0.25, 0.8, 72.0),
+        row("fastv", 0.5, 0.9, 96.0),
+        row("random", 0.5, 0.6, 72.0),
+    ]
+    result = {**HEAD, "scenes": 1000, "questions": 6500, "rows": rows}
+    table = _with_result(tmp_path, monkeypatch, "pocket_methods", result)
+    assert "| method | budget 50 % | budget 25 % |" in table
+    assert "| unpruned | 95.0 % (144) |  |" in table
+    assert "| fastv | 90.0 % (96) | 80.0 % (72) |" in table
+    assert "| random | 60.0 % (72) |  |" in table
+    assert "1,000 held-out scenes, 6,500 questions" in table
+
+
+def test_cost_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    assert readme_tables.methods_cost() == ""
+    row = {
+        "method": "divprune",
+        "keep_ratio": 0.125,
+        "mean_decoder_tokens": 72.0,
+        "prefill": {"median_s": 0.5},
+        "selection_median_s": 0.01,
+        "prefill_speed_up": 3.0,
+        "flop_speed_up": 4.0,
+        "measured_to_flops": 0.75,
+        "kv_bytes": 5 * 2**20,
+    }
+    words = {"model": "A middle model", "text_tokens": 64, "dtype": "float32"}
+    result = {**HEAD, **words, "rows": [row]}
+    (tmp_path / "methods_prefill.json").write_text(json.dumps(result))
+    table = readme_tables.methods_cost()
+    assert "| divprune | 12.5 % | 72 | 500 | 10.0 | 3.00x | 4.00x | 0.75 | 5.0 |" in table
+    assert "A middle model; 64 text tokens; float32" in table
+
+
+def test_calibration_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = {
+        "candidate": "a schedule",
+        "cached": {"median_s": 0.5},
+        "recomputed": {"median_s": 2.5},
+        "recomputed_to_cached": {"of_medians": 5.0},
+    }
+    search = {"evaluations": 50, "seconds": 123.4}
+    result = {**HEAD, "candidates": [candidate], "samples": 30, "budget": 0.25, "search": search}
+    table = _with_result(tmp_path, monkeypatch, "calibration_bench", result)
+    assert "| a schedule | 0.500 | 2.500 | 5.0x |" in table
+    assert "A whole search of 50 evaluations took 123 s" in table
 
 
 def _with_result(
