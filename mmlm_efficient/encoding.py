@@ -234,6 +234,7 @@ def _cut_inside(
             last_cut_layer=family.last_cut_layer,
             has_cls=family.tower.has_cls,
             lengths=tuple(lengths) if unit > 1 else None,
+            groups=_pictures(visuals),
             merge_unit=unit,
             score_only=score_only,
         )
@@ -273,6 +274,16 @@ def _cut_inside(
         crops.append(_crop(family, own, index.to("cpu"), None))
     grouped = _grouped(visuals, crops)
     return Tower(_packed(family, visuals, _projected(family, grouped), method), None, run, seconds)
+
+
+def _pictures(visuals: Sequence[Visual]) -> tuple[int, ...]:
+    """For each tower run a number of the picture it is a part of; every frame is one of its own."""
+    numbers: list[int] = []
+    for visual in visuals:
+        first = len(numbers)
+        frames = visual.kind == "video"
+        numbers += [first + (crop if frames else 0) for crop in range(visual.n_crops)]
+    return tuple(numbers)
 
 
 def _best(tokens: VisualTokens, scores: Tensor, budget: int) -> VisualTokens:

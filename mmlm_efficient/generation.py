@@ -94,7 +94,7 @@ class Settings:
                 f"guidance_scale={scale!r} runs a second, unconditional prompt through the model, "
                 "and pruning inside the language model (or position_ids='original' without a "
                 "cache) would take it for the first. Leave it out, or prune before the language "
-                "model only: a method without llm_prune_layer."
+                "model only (mmlm methods tells which methods do)."
             )
 
     def arguments(self, removed: int, tokenizer: Any = None, **own: Any) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class TowerJob:
         last_cut_layer: last tower layer whose output may be cut (0-based).
         has_cls: the tower has a CLS token.
         lengths: patches of each tower run where they differ; None where all have n_patches.
+        groups: for each tower run, the picture that it is a part of (tiles of one picture share
+            one); None where each is a picture of its own.
         merge_unit: consecutive patches that the tower makes one visual token of.
         score_only: nothing may be cut; the pass's scores decide behind the tower.
     """
@@ -81,6 +83,7 @@ class TowerJob:
     last_cut_layer: int
     has_cls: bool
     lengths: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
     merge_unit: int = 1
     score_only: bool = False
 

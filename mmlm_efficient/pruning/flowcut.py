@@ -61,7 +61,7 @@ class FlowCut(PruningMethod):
     )
     budget_counts: ClassVar[str] = (
         "tokens of each image; of each tile of a LLaVA-NeXT image, each temporal step of a Qwen "
-        "video"
+        "video; of LLaVA-OneVision the whole image or video, newlines not counted"
     )
 
     prune_interval: int = Field(2, ge=1, strict=True, description="layers between cuts, >= 1")
@@ -79,8 +79,8 @@ class FlowCut(PruningMethod):
     )
     crop_sync: Literal["image", "batch"] = Field(
         "image",
-        description="'batch' cuts the batch's maximum from every image, as the reference code "
-        "does: for comparison only, results then depend on the batch",
+        description="tiles of one image are cut alike, by the largest of their counts; 'batch' "
+        "does so with the whole batch, as the reference code does: for comparison only",
     )
     schedule: Literal["adaptive", "static"] = Field(
         "adaptive", description="cuts by entropy, or by the fixed counts"

@@ -250,8 +250,13 @@ class FlowCutPass(TowerPass):
             if now > target:
                 self.entropy_ratios[image].append(ratio)
             amounts.append(prune_amount(now, min(now, target), remaining, ratio))
+        groups = self.job.groups or tuple(range(len(amounts)))
         if self.settings.crop_sync == "batch":
-            amounts = [max(amounts)] * len(amounts)
+            groups = (0,) * len(amounts)
+        together: dict[int, float] = {}
+        for group, amount in zip(groups, amounts, strict=True):
+            together[group] = max(amount, together.get(group, amount))
+        amounts = [together[group] for group in groups]
         # round() is half to even, as torch.round in the reference.
         return [
             max(now - round(amount), min(now, target))

@@ -33,8 +33,8 @@ def _in_tower(method: type[PruningMethod], family: type[Family]) -> str:
     if not family.packs_pruned:
         return "scored in the tower, cut behind packing" if cuts_inside else "behind packing"
     if family.merges_patches:
-        run = "per temporal step"
-        return f"inside the tower, whole squares, {run}" if cuts_inside else f"{run}, merged tokens"
+        where = "inside the tower, whole 2x2 squares" if cuts_inside else "behind the 2x2 merger"
+        return f"{where}, per temporal step"
     run = "per tile" if family.tiles else "per image"
     return f"inside the tower, {run}" if cuts_inside else f"behind the tower, {run}"
 

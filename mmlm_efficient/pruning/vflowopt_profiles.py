@@ -45,6 +45,7 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="hub id, folder or name of the model")
+    aliases: tuple[str, ...] = Field((), description="other names of the same weights")
     family: str = Field(min_length=1, description="its family")
     decoder_layers: int = Field(ge=3, description="layers of its language model")
     decoder_width: int = Field(ge=1, description="width of its language model")
@@ -77,8 +78,8 @@ class Profile(BaseModel):
 
     def mismatch(self, identity: Identity) -> str | None:
         """What keeps the profile from fitting a model, in words; None when it fits."""
-        short = self.model.rstrip("/").rpartition("/")[2]
-        if short != identity.short_name:
+        names = {name.rstrip("/").rpartition("/")[2] for name in (self.model, *self.aliases)}
+        if identity.short_name not in names:
             return f"it was made for {self.model!r}, but this is {identity.name!r}"
         for field in ("family", "decoder_layers", "decoder_width", "tower_layers"):
             mine, theirs = getattr(self, field), getattr(identity, field)

@@ -51,7 +51,8 @@ class VisionZip(PruningMethod):
     observes: ClassVar[frozenset[Sight]] = frozenset({"relay", "keys"})
     budget_counts: ClassVar[str] = (
         "tokens of each image, CLS and merged ones among them; of each tile of a LLaVA-NeXT image, "
-        "each temporal step of a Qwen video"
+        "each temporal step of a Qwen video; of LLaVA-OneVision the whole image or video, newlines "
+        "not counted"
     )
 
     contextual_tokens: int | None = Field(

@@ -50,7 +50,7 @@ class VisPruner(PruningMethod):
     observes: ClassVar[frozenset[Sight]] = frozenset({"relay"})
     budget_counts: ClassVar[str] = (
         "tokens of each image; of each tile of a LLaVA-NeXT image, each temporal step of a Qwen "
-        "video"
+        "video; of LLaVA-OneVision the whole image or video, newlines not counted"
     )
 
     important_ratio: float = Field(

@@ -117,20 +117,16 @@ def test_the_sizes_differ_as_they_should() -> None:
 
 def flowcut_crops(model: Any, pixels: Tensor, target: int) -> list[tuple[Tensor, Tensor]]:
     """Of every crop alone: the patches that FlowCut keeps, and their projected features."""
-    family, found = family_of(model), []
-    with LMMParts(model) as parts:
-        for crop in pixels:
-            tower_pass = FlowCutPass(
-                FlowCut(keep_tokens=target),
-                TowerJob((target,), PATCHES, family.last_cut_layer, has_cls=True),
-            )
-            with parts.tower.running(tower_pass) as run:
-                states = model.model.vision_tower(
-                    crop[None], output_hidden_states=True
-                ).hidden_states
-            features = model.model.multi_modal_projector(states[family.feature_layer + 1][:, 1:])
-            found.append((run.kept[0], features[0]))
-    return found
+    family = family_of(model)
+    # One picture alone: here the reference's maximum over the batch is that over its crops.
+    tower_pass = FlowCutPass(
+        FlowCut(keep_tokens=target, crop_sync="batch"),
+        TowerJob((target,) * len(pixels), PATCHES, family.last_cut_layer, has_cls=True),
+    )
+    with LMMParts(model) as parts, parts.tower.running(tower_pass) as run:
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    features = model.model.multi_modal_projector(states[family.feature_layer + 1][:, 1:])
+    return list(zip(run.kept, features, strict=True))
 
 
 @pytest.mark.parametrize("keep_newlines", [False, True])
@@ -169,6 +165,24 @@ def test_flowcut_packs_what_the_crops_keep(
     assert report.layer_counts[0] == PATCHES * len(kept)
     assert report.layer_counts[-1] == target * len(kept)
     assert report.per_station["tower"] == len(index)
+
+
+def test_tiles_are_cut_alike_whatever_else_is_in_the_batch() -> None:
+    model = tiny.tiny_model("llava_next")
+    pictures = [Shown((22, 61), 1), Shown((70, 70), 2), Shown((48, 21), 3)]
+    batch = tiny.inputs_of("llava_next", [(BOS, 10, one, 11) for one in pictures], "left")
+    method = FlowCut(keep_tokens=5)
+    with torch.no_grad(), LMMParts(model) as parts:
+        together = prepare(parts, batch, [method]).report().images
+        for number, one in enumerate(pictures):
+            inputs = tiny.inputs_of("llava_next", [(BOS, 10, one, 11)], "left")
+            prepared = prepare(parts, inputs, [method])
+            (alone,) = prepared.report().images
+            assert prepared._run is not None
+            counts = prepared._run.layer_counts
+            assert all(count == counts[0] for count in counts)
+            assert together[number].kept.tolist() == alone.kept.tolist()
+            assert together[number].layer_counts == alone.layer_counts
 
 
 def test_an_image_that_lost_nothing_keeps_its_newlines() -> None:

@@ -47,10 +47,18 @@ def test_toy_count() -> None:
         assert 8 - round(got) == keep
 
 
-@pytest.mark.parametrize(("sync", "counts"), [("batch", [7, 7]), ("image", [7, 8])])
-def test_toy_count_of_a_batch(sync: str, counts: list[int]) -> None:
-    """The toy image beside a uniform one: only the batch maximum cuts the uniform image."""
-    job = TowerJob((2, 2), 8, last_cut_layer=4, has_cls=True)
+@pytest.mark.parametrize(
+    ("sync", "groups", "counts"),
+    [
+        ("batch", None, [7, 7]),
+        ("image", None, [7, 8]),
+        ("image", (0, 1), [7, 8]),
+        ("image", (0, 0), [7, 7]),
+    ],
+)
+def test_toy_count_of_a_batch(sync: str, groups: tuple[int, ...] | None, counts: list[int]) -> None:
+    """The toy image beside a uniform one: only a common maximum cuts the uniform image."""
+    job = TowerJob((2, 2), 8, last_cut_layer=4, has_cls=True, groups=groups)
     tower_pass = FlowCutPass(FlowCut(keep_tokens=2, crop_sync=sync), job)
     tower_pass.begin(2, 8)
     uniform = torch.full((1, 8), 0.1)
