@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _method(lmm: EfficientLMM, budget: float, weight: float) -> VFlowOpt:
-    depth = lmm._parts.identity.decoder_layers
+    depth = lmm.parts.identity.decoder_layers
     layers = default_stage_layers(depth)
     theta = {**THETA, "c0": 1.2 * budget, "entropy_weight": weight}
     return candidate(theta, budget, layers, segments(layers, depth), "budget")
@@ -113,7 +113,7 @@ def _both_ways(
 ) -> dict[str, Any]:
     def cached() -> Mapping[str, float]:
         start = time.perf_counter()
-        cosines(lmm._parts, prompts, method)
+        cosines(lmm.parts, prompts, method)
         return {"candidate": time.perf_counter() - start}
 
     def recomputed() -> Mapping[str, float]:
@@ -131,8 +131,8 @@ def _recomputed(
     """The objective as the released code computes it: the tower, both models, every time."""
     found = []
     for one in inputs:
-        full = last_state(lmm._parts, one, ())
-        pruned = last_state(lmm._parts, one, [method])
+        full = last_state(lmm.parts, one, ())
+        pruned = last_state(lmm.parts, one, [method])
         found.append(float(torch.nn.functional.cosine_similarity(full, pruned, dim=0)))
     return found
 
@@ -144,7 +144,7 @@ def _agreement(
     method: VFlowOpt,
 ) -> float:
     """Largest difference between the cosines of the two ways."""
-    pair = (cosines(lmm._parts, prompts, method), _recomputed(lmm, inputs, method))
+    pair = (cosines(lmm.parts, prompts, method), _recomputed(lmm, inputs, method))
     one, other = (Tensor(values) for values in pair)
     return float((one - other).abs().max())
 

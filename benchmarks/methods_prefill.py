@@ -3,15 +3,14 @@
     python -m benchmarks.methods_prefill --out docs/results/methods_prefill.json
     python -m benchmarks.methods_prefill --shape llava-next-7b --device cuda --dtype bfloat16
 
-Random weights. All cases run in turns on the same prompt; the tower's output is shared, because no
-method but FlowCut changes it. What counts as prefill is everything from the tower's output to the
-first token's logits: selecting, merging, scoring and cutting included.
+Random weights. All cases run in turns on the same prompt, from pixels to the first token's logits,
+nothing remembered between them. Prefill is the language model's forward, scoring and cutting inside
+it included, and the pruning before it: observing, scoring, selecting, merging.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,15 +25,19 @@ from benchmarks.common import (
     positive,
     provenance,
     summary,
-    timed,
     write_json,
 )
-from benchmarks.pocket_methods import UNTUNED, Case, case_names, cases_of
+from benchmarks.pocket_methods import (
+    UNTUNED,
+    Case,
+    case_names,
+    cases_of,
+    first_token,
+    prefill_figures,
+)
 from benchmarks.shapes import SHAPES, random_inputs, random_model
-from mmlm_efficient.answers import kv_bytes
-from mmlm_efficient.encoding import Encoded, encode
 from mmlm_efficient.errors import MMLMError
-from mmlm_efficient.prepare import LMMParts, Prepared, prepare
+from mmlm_efficient.prepare import LMMParts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMULA = "2 * sum over layers of (2*(h + k)*d*n*w + 2*n*n*w + 3*n*w*m)"
@@ -68,33 +71,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = random_model(shape, device, DTYPES[options.dtype], options.seed)
     inputs = random_inputs(shape, model, options.text_tokens, device, options.seed)
     cases = cases_of(options.methods, options.ratios)
-    sights = frozenset().union(*(getattr(case.method, "observes", ()) for case in cases))
     name = "llava-onevision-qwen2-7b-ov-hf" if options.shape == "onevision-7b" else None
     with LMMParts(model, name=name) as parts:
-        encoded = encode(parts, inputs, sights, crops=True)
         facts: dict[str, dict[str, Any]] = {}
-        runs = {case.name: _runner(parts, inputs, encoded, case, facts) for case in cases}
+        runs = {case.name: _runner(parts, inputs, case, facts) for case in cases}
         measured = interleaved(runs, options.repeats, label="prefill")
         for case in cases:
             call = runs[case.name]
             facts[case.name]["peak_bytes"] = peak_tensor_bytes(lambda: call(), device)  # noqa: B023
-    full = measured[cases[0].name]
+    stock = measured[cases[0].name]
     full_flops = facts[cases[0].name]["prefill_gflop"]
     rows = []
     for case in cases:
         rounds = measured[case.name]
-        speed_up = _median(full, "prefill") / _median(rounds, "prefill")
+        figures = prefill_figures(rounds, stock)
         flop_ratio = full_flops / facts[case.name]["prefill_gflop"]
         rows.append(
             {
                 "method": case.label,
                 "keep_ratio": case.keep_ratio,
                 **facts[case.name],
-                "prefill": summary([one["prefill"] for one in rounds]),
-                "selection_median_s": round(_median(rounds, "selection"), 6),
-                "prefill_speed_up": round(speed_up, 3),
+                **figures,
+                "forward": summary([one["forward"] for one in rounds]),
+                "before": summary([one["before"] for one in rounds]),
                 "flop_speed_up": round(flop_ratio, 3),
-                "measured_to_flops": round(speed_up / flop_ratio, 3),
+                "measured_to_flops": round(figures["prefill_speed_up"] / flop_ratio, 3),
             }
         )
     return {
@@ -109,52 +110,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _median(rounds: Sequence[Mapping[str, float]], phase: str) -> float:
-    return statistics.median(one[phase] for one in rounds)
-
-
 def _runner(
-    parts: LMMParts,
-    inputs: Mapping[str, Any],
-    encoded: Encoded,
-    case: Case,
-    facts: dict[str, dict[str, Any]],
+    parts: LMMParts, inputs: Mapping[str, Any], case: Case, facts: dict[str, dict[str, Any]]
 ) -> Callable[[], Mapping[str, float]]:
     """One prefill of one case; its counts go into the facts."""
-    device = parts.model.device
-    inside = getattr(case.method, "cuts_tower", False)
 
     def run() -> Mapping[str, float]:
-        prepared, prepare_s = timed(
-            lambda: prepare(parts, inputs, [case.method], encoded=None if inside else encoded),
-            device,
-        )
-        with prepared.active():
-            output, forward_s = timed(
-                lambda: parts.model(**prepared.model_inputs, use_cache=True, logits_to_keep=1),
-                device,
-            )
-        report = prepared.report()
-        # FlowCut selects while its tower runs: of the tower only the pruning is its cost.
-        selection_s = report.seconds["prune_s"] if inside else prepare_s
-        facts[case.name] = _facts(parts, prepared, output)
-        return {"prefill": selection_s + forward_s, "selection": selection_s}
+        seconds, image, cache_bytes = first_token(parts, inputs, [case.method])
+        text = inputs["input_ids"].shape[1] - image.n_in
+        lengths = [text + tokens for tokens in image.decoder_layer_tokens]
+        facts[case.name] = {
+            "visual_tokens": image.n_in,
+            "mean_decoder_tokens": round(image.mean_decoder_tokens, 2),
+            "final_tokens": image.per_station["layer"],
+            "prefill_gflop": round(decoder_flops(parts, lengths) / 1e9, 3),
+            "kv_bytes": cache_bytes,
+        }
+        return seconds
 
     return run
-
-
-def _facts(parts: LMMParts, prepared: Prepared, output: Any) -> dict[str, Any]:
-    """Tokens of every layer, FLOPs and cache of one prefill."""
-    image = prepared.report().images[0]
-    text = int(prepared.layout.mask.sum()) - image.per_station["bridge"]
-    lengths = [text + tokens for tokens in image.decoder_layer_tokens]
-    return {
-        "visual_tokens": image.n_in,
-        "mean_decoder_tokens": round(image.mean_decoder_tokens, 2),
-        "final_tokens": image.per_station["layer"],
-        "prefill_gflop": round(decoder_flops(parts, lengths) / 1e9, 3),
-        "kv_bytes": kv_bytes(output.past_key_values),
-    }
 
 
 def decoder_flops(parts: LMMParts, lengths: Sequence[int]) -> float:
@@ -173,7 +147,7 @@ def report(result: Mapping[str, Any]) -> list[str]:
     for row in result["rows"]:
         lines.append(
             f"  {row['method']:12s} {row['keep_ratio']:<6g} {row['mean_decoder_tokens']:7.1f} "
-            f"tokens, {row['final_tokens']:5d} last {1e3 * row['prefill']['median_s']:9.2f} ms "
+            f"tokens, {row['final_tokens']:5d} last {row['prefill_ms']:9.2f} ms "
             f"{row['prefill_speed_up']:5.2f}x, by FLOPs {row['flop_speed_up']:5.2f}x "
             f"({row['measured_to_flops']:.2f})"
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -40,11 +41,12 @@ from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.loading import find_folder
 from mmlm_efficient.pocket.questions import IMAGE_KINDS, is_right
 from mmlm_efficient.pocket.scenes import Scene, scene
-from mmlm_efficient.prepare import prepare
+from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.no_pruning import NoPruning
 from mmlm_efficient.pruning.registry import METHODS
+from mmlm_efficient.tokens import ImageReport
 
 UNTUNED = "vflowopt (untuned)"
 RATIOS = (0.5, 0.25, 0.125, 0.0625)
@@ -148,10 +150,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "resumed": progress.resumed,
         "intervals": "95 %; per kind Wilson's, overall and differences by bootstrap over scenes",
-        "timing": f"prefill of one prompt, median over {TIMED_SCENES} scenes x {options.repeats} "
-        "rounds, all cases in turns; tower not included; selection included",
+        "timing": f"one prompt, median over {TIMED_SCENES} scenes x {options.repeats} rounds, all "
+        "cases in turns. Prefill: the language model's forward and the pruning before it",
         "rows": rows,
         "to_random": _differences(cases, scores, "random"),
+        "to_random_at_equal_tokens": _at_equal_tokens(rows),
         "tuned_to_untuned": _differences(
             [case for case in cases if case.label in ("vflowopt", UNTUNED)], scores, UNTUNED
         ),
@@ -173,6 +176,37 @@ def _differences(
             )
             found.append({"method": case.label, "keep_ratio": case.keep_ratio, **figures})
     return found
+
+
+def _at_equal_tokens(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy of every case less that of random pruning with as many tokens per decoder layer.
+
+    Random's accuracy between its budgets is interpolated over the logarithm of the tokens.
+    """
+    known = sorted(
+        (row["mean_decoder_tokens"], row["overall"]["accuracy"])
+        for row in rows
+        if row["method"] in ("random", NoPruning.name)
+    )
+    if len(known) < 2:
+        return []
+    tokens = np.log2([count for count, _ in known])
+    accuracy = [share for _, share in known]
+    return [
+        {
+            "method": row["method"],
+            "keep_ratio": row["keep_ratio"],
+            "mean_decoder_tokens": row["mean_decoder_tokens"],
+            "difference": round(
+                row["overall"]["accuracy"]
+                - float(np.interp(np.log2(row["mean_decoder_tokens"]), tokens, accuracy)),
+                4,
+            ),
+        }
+        for row in rows
+        if row["method"] not in ("random", NoPruning.name)
+        and known[0][0] <= row["mean_decoder_tokens"] <= known[-1][0]
+    ]
 
 
 # -- accuracy --------------------------------------------------------------------------------
@@ -222,7 +256,7 @@ def _encoded(lmm: EfficientLMM, scenes: Sequence[Scene], sights: frozenset[Any])
     requests = [("what is in the picture?", one.image) for one in scenes]
     inputs = preprocess(lmm.processor, requests, lmm.model.dtype)
     with torch.no_grad():
-        return encode(lmm._parts, dict(inputs), sights, crops=True)
+        return encode(lmm.parts, dict(inputs), sights, crops=True)
 
 
 @torch.no_grad()
@@ -231,7 +265,7 @@ def _right(
 ) -> list[int]:
     """1 for every right answer of a batch."""
     own = None if getattr(case.method, "cuts_tower", False) else encoded
-    prepared = prepare(lmm._parts, inputs, [case.method], encoded=own)
+    prepared = prepare(lmm.parts, inputs, [case.method], encoded=own)
     width = prepared.layout.mask.shape[1]
     with prepared.active():
         ids = lmm.model.generate(
@@ -267,60 +301,90 @@ def _scores(
 @torch.no_grad()
 def _costs(lmm: EfficientLMM, cases: Sequence[Case], repeats: int) -> dict[str, dict[str, Any]]:
     """Tokens, KV bytes and prefill time of every case, on the same few prompts."""
-    prompts = []
-    sights = frozenset().union(*(getattr(case.method, "observes", ()) for case in cases))
-    for index in range(TIMED_SCENES):
-        one = scene(SPLIT, index)
-        inputs = preprocess(lmm.processor, [("what is in the picture?", one.image)], torch.float32)
-        prompts.append((dict(inputs), encode(lmm._parts, dict(inputs), sights, crops=True)))
+    question, dtype = "what is in the picture?", lmm.model.dtype
+    prompts = [
+        preprocess(lmm.processor, [(question, scene(SPLIT, index).image)], dtype)
+        for index in range(TIMED_SCENES)
+    ]
     facts: dict[str, dict[str, Any]] = {}
 
     def measured(case: Case) -> Callable[[], Mapping[str, float]]:
         def run() -> Mapping[str, float]:
-            seconds, tokens, last, held = [], [], [], []
-            for inputs, encoded in prompts:
-                prefill_s, report, cache = _prefill(lmm, case, inputs, encoded)
-                seconds.append(prefill_s)
-                tokens.append(report.mean_decoder_tokens)
-                last.append(report.per_station["layer"])
+            seconds, reports, held = [], [], []
+            for inputs in prompts:
+                one, report, cache = first_token(lmm.parts, dict(inputs), [case.method])
+                seconds.append(one)
+                reports.append(report)
                 held.append(cache)
             facts[case.name] = {
-                "mean_decoder_tokens": round(statistics.mean(tokens), 2),
-                "final_tokens": round(statistics.mean(last), 2),
+                "mean_decoder_tokens": _mean([one.mean_decoder_tokens for one in reports]),
+                "final_tokens": _mean([one.per_station["layer"] for one in reports]),
                 "kv_bytes": round(statistics.mean(held)),
             }
-            return {"prefill": statistics.median(seconds)}
+            return {
+                phase: statistics.median(one[phase] for one in seconds)
+                for phase in ("before", "pruning", "forward")
+            }
 
         return run
 
     timings = interleaved(
         {case.name: measured(case) for case in cases}, repeats, label="prefill time"
     )
-    full = statistics.median(one["prefill"] for one in timings[cases[0].name])
+    stock = timings[cases[0].name]
     for case in cases:
-        value = statistics.median(one["prefill"] for one in timings[case.name])
-        facts[case.name] |= {
-            "prefill_ms": round(1000 * value, 3),
-            "prefill_speed_up": round(full / value, 3),
-        }
+        facts[case.name] |= prefill_figures(timings[case.name], stock)
     return facts
 
 
-def _prefill(
-    lmm: EfficientLMM, case: Case, inputs: Mapping[str, Tensor], encoded: Encoded
-) -> tuple[float, Any, int]:
-    """Seconds from the tower's outcome to the first token's logits, the report, cache bytes."""
-    parts, device = lmm._parts, lmm.model.device
-    own = None if getattr(case.method, "cuts_tower", False) else encoded
-    prepared, prepare_s = timed(lambda: prepare(parts, inputs, [case.method], encoded=own), device)
-    # FlowCut's selection happens while its tower runs.
-    prune_s = prepare_s if own is not None else 0.0
+def _mean(values: Sequence[float]) -> float:
+    return round(statistics.mean(values), 2)
+
+
+def first_token(
+    parts: LMMParts, inputs: Mapping[str, Tensor], methods: Sequence[Method]
+) -> tuple[dict[str, float], ImageReport, int]:
+    """One request from pixels to the first token's logits, nothing remembered.
+
+    Returns:
+        Seconds "before" the language model, "pruning" among them (observing, scoring, selecting,
+        merging; host seconds), and in its "forward" (scoring and cutting inside it included); the
+        image's report; bytes of the cache.
+    """
+    device = parts.model.device
+    prepared, before_s = timed(lambda: prepare(parts, inputs, methods), device)
+    pruning_s = prepared.report().seconds["prune_s"]
     with prepared.active():
-        output, prefill_s = timed(
-            lambda: lmm.model(**prepared.model_inputs, use_cache=True, logits_to_keep=1), device
+        output, forward_s = timed(
+            lambda: parts.model(**prepared.model_inputs, use_cache=True, logits_to_keep=1), device
         )
     report = prepared.report().images[0]
-    return prune_s + prefill_s, report, kv_bytes(output.past_key_values)
+    seconds = {"before": before_s, "pruning": pruning_s, "forward": forward_s}
+    return seconds, report, kv_bytes(output.past_key_values)
+
+
+def prefill_figures(
+    rounds: Sequence[Mapping[str, float]], stock: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Times of a case beside those of the unpruned model, medians over the rounds.
+
+    Prefill is the language model's forward and the pruning before it. That pruning inside the
+    tower makes the tower faster shows in the time to the first token only.
+    """
+
+    def median(of: Sequence[Mapping[str, float]], phase: str) -> float:
+        return statistics.median(one[phase] for one in of)
+
+    prefill = median(rounds, "forward") + median(rounds, "pruning")
+    first = median(rounds, "before") + median(rounds, "forward")
+    stock_first = median(stock, "before") + median(stock, "forward")
+    return {
+        "prefill_ms": round(1000 * prefill, 3),
+        "pruning_before_ms": round(1000 * median(rounds, "pruning"), 3),
+        "first_token_ms": round(1000 * first, 3),
+        "prefill_speed_up": round(median(stock, "forward") / prefill, 3),
+        "first_token_speed_up": round(stock_first / first, 3),
+    }
 
 
 # -- words -----------------------------------------------------------------------------------
@@ -337,6 +401,11 @@ def _report(result: Mapping[str, Any]) -> list[str]:
             f"  {row['method']:18s} {row['keep_ratio']:<6g} {row['overall']['accuracy']:6.1%} "
             f"({low:.1%} to {high:.1%})  tokens {row['mean_decoder_tokens']:6.1f} mean "
             f"{row['final_tokens']:6.1f} last {row['prefill_ms']:7.2f} ms {row['kv_bytes']:>9,d} B"
+        )
+    for one in result["to_random_at_equal_tokens"]:
+        lines.append(
+            f"  to random at {one['mean_decoder_tokens']:.1f} tokens: {one['method']:18s} "
+            f"{one['keep_ratio']:<6g} {100 * one['difference']:+.1f} points"
         )
     for name in ("to_random", "tuned_to_untuned"):
         for one in result[name]:

@@ -30,7 +30,8 @@ class Usage:
         completion_tokens: generated tokens, the end token included.
         kv_bytes: keys and values held when the answer was complete, bytes.
         preprocess_s: chat template, tokenizer and image processor, seconds.
-        tower_s: vision tower and projector, pruning inside the tower included, seconds.
+        tower_s: vision tower and projector, pruning inside the tower included, seconds; on CUDA
+            by the device's own clock.
         prune_s: scoring and cutting at all stations (a part of tower_s and prefill_s), seconds.
         prefill_s: from the visual tokens to the first new token, seconds.
         decode_s: all further tokens, seconds.

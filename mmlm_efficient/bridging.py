@@ -24,7 +24,6 @@ def reduced(
     method: PruningMethod,
     parts: LMMParts,
     tower: Tower,
-    inputs: Mapping[str, Any],
     samples: Sequence[int],
 ) -> list[VisualTokens]:
     """The tokens of every image after a bridge method.
@@ -33,14 +32,12 @@ def reduced(
         method: who decides at the bridge.
         parts: the model.
         tower: what station 1 gave.
-        inputs: model inputs with the images.
         samples: for each image its prompt.
     """
     family = parts.family
     lead = int(family.keeps_cls)
     budgets = method.budgets([len(tokens) for tokens in tower.tokens])
     encoded = tower.encoded
-    visuals = encoded.visuals if encoded is not None else family.visuals(inputs)
     result = []
     for image, (tokens, budget) in enumerate(zip(tower.tokens, budgets, strict=True)):
         # A CLS token always stays, and is one of the budget.
@@ -50,12 +47,12 @@ def reduced(
         if encoded is not None and encoded.crops is not None:
             observed = [crop.observed for crop in encoded.crops[image] if crop.observed is not None]
         scene = Scene(
-            visual=visuals[image],
+            visual=tower.visuals[image],
             observed=observed,
             n_together=list(samples).count(samples[image]),
             budget=max(0, budget - n_cls),
-            pixels=_pixels(family, tower, inputs, image),
-            pack=_packer(family, visuals[image]),
+            pixels=tower.pixels[image],
+            pack=_packer(family, tower.visuals[image]),
             identity=parts.identity,
             stats=parts.image_stats,
             cache={} if encoded is None else encoded.caches[image],
@@ -63,13 +60,6 @@ def reduced(
         fewer = method.reduce(patches, scene)
         result.append(_behind_cls(tokens, n_cls, fewer))
     return result
-
-
-def _pixels(family: Family, tower: Tower, inputs: Mapping[str, Any], image: int) -> Any:
-    encoded = tower.encoded
-    if encoded is not None and encoded.pixels:
-        return lambda: encoded.pixels[image]
-    return lambda: family.crop_pixels(inputs, family.visuals(inputs))[image]
 
 
 def _packer(family: Family, visual: Visual) -> Any:

@@ -328,7 +328,8 @@ def demo(
 def models(as_json: Json = False) -> None:
     """What `--model` and `--config` take: the embedded model, supported families, presets."""
     from mmlm_efficient.families import FAMILIES
-    from mmlm_efficient.loading import POCKET, POCKET_WEIGHTS, missing_files
+    from mmlm_efficient.loading import missing_files
+    from mmlm_efficient.names import POCKET, POCKET_WEIGHTS
     from mmlm_efficient.settings import preset_names
 
     missing = missing_files(POCKET_WEIGHTS)

@@ -88,6 +88,7 @@ def vflowopt(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    log = target.with_suffix(".search.jsonl")
     with load(model, device=device, dtype=dtype) as lmm:
         try:
             outcome = optimize_profile(
@@ -99,7 +100,7 @@ def vflowopt(
                 seed=seed,
                 space=cast('Literal["budget", "released"]', space),
                 stage_layers=layers,
-                log_path=target.with_suffix(".search.jsonl"),
+                log_path=log,
             )
             write_profile(outcome.profile, target)
             plot_search(outcome.result, target.with_suffix(".png"))
@@ -109,11 +110,14 @@ def vflowopt(
             raise MMLMError(
                 f"--out {target}: {error}. The same command goes on from there."
             ) from error
+    profile, count = outcome.profile, len(outcome.result.evaluations)
     summary: dict[str, Any] = {
         "profile": str(target),
         "picture": str(target.with_suffix(".png")),
+        "log": str(log),
+        "keep_ratio": profile.keep_ratio,
         "samples": len(found),
-        "evaluations": len(outcome.result.evaluations),
+        "evaluations": count,
         "resumed": outcome.result.resumed,
         "mean_cosine": outcome.mean,
         "least_cosine": outcome.least,
@@ -123,10 +127,17 @@ def vflowopt(
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return
     sys.stdout.write(
+        f"{count} evaluations, {outcome.result.resumed} of them resumed from {log}\n"
         f"mean cosine with the unpruned model {outcome.mean:.4f} (untuned schedule "
         f"{outcome.untuned_mean:.4f}), {len(found)} samples\n"
+    )
+    if profile.keep_ratio != budget:  # the authors' box may leave a part of it unspent
+        sys.stdout.write(
+            f"the best schedule keeps {profile.keep_ratio:g} on average, the budget is {budget:g}\n"
+        )
+    sys.stdout.write(
         f"written: {target}, {target.with_suffix('.png')}\n"
-        f"use it: VFlowOpt(keep_ratio={budget:g}, profile={str(target)!r})\n"
+        f"use it: VFlowOpt(keep_ratio={profile.keep_ratio!r}, profile={str(target)!r})\n"
     )
 
 

@@ -29,6 +29,43 @@ class Stopwatch:
         return time.perf_counter()
 
 
+class Span:
+    """How long a piece of work takes on its device; reading it waits, starting and ending do not.
+
+    Args:
+        device: where the work runs, from now on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[Any, Any] | None = None
+        self._stream: Any = None
+        self._seconds: float | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device)
+            event: Any = torch.cuda.Event
+            self._events = event(enable_timing=True), event(enable_timing=True)
+            self._events[0].record(self._stream)
+        self._start = time.perf_counter()
+
+    def end(self) -> Span:
+        """The work is queued (on a CPU, done)."""
+        if self._events is None:
+            self._seconds = time.perf_counter() - self._start
+        else:
+            self._events[1].record(self._stream)
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between start and end: on CUDA those of the device's own clock, elsewhere the
+        host's. 0 before the end."""
+        if self._seconds is None and self._events is not None:
+            first, last = self._events
+            last.synchronize()
+            self._seconds = first.elapsed_time(last) / 1e3
+        return 0.0 if self._seconds is None else self._seconds
+
+
 class Watch(StoppingCriteria):
     """Looks on while tokens are generated: notes when the first one came, and can call a halt.
 

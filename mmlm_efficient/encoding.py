@@ -8,26 +8,30 @@ the model's own function does all of it.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from mmlm_efficient.clock import Span
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families import Family
 from mmlm_efficient.families.base import Visual, padded_stack
 from mmlm_efficient.packing import crop_of_packed, packed_crops, packed_scores
 from mmlm_efficient.pruning.base import PruningMethod, TowerJob
 from mmlm_efficient.pruning.observed import Crop, Observed, ObservePass, Sight
-from mmlm_efficient.stations.packed_tower import PackedTowerStation
 from mmlm_efficient.stations.tower import TowerPass, TowerRun
 from mmlm_efficient.tokens import CLS_INDEX, VisualTokens, top_positions
 
 if TYPE_CHECKING:
     from mmlm_efficient.prepare import LMMParts
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,9 +45,10 @@ class Encoded:
         features: for each of them the packed features [N (+ 1 for CLS), D]; None until needed.
         sights: what was observed, and at which layer.
         layer: 0-based tower layer that was observed.
-        pixels: pixel values [n_crops, 3, H, W] of each.
+        pixels: for each, what gives its pixel values [n_crops, 3, H, W].
         caches: for each, what methods found out about it and no request changes.
-        tower_s: seconds that the tower took.
+        span: how long the tower took; None where it did not run for these images.
+        observe_s: host seconds of it spent in observing.
     """
 
     visuals: tuple[Visual, ...]
@@ -51,9 +56,10 @@ class Encoded:
     features: list[Tensor] | None
     sights: frozenset[Sight] = frozenset()
     layer: int | None = None
-    pixels: list[Tensor] = field(default_factory=list)
-    tower_s: float = 0.0
+    pixels: Sequence[Callable[[], Tensor]] = ()
+    span: Span | None = None
     caches: list[dict[str, Any]] = field(default_factory=list)
+    observe_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.caches:
@@ -62,16 +68,16 @@ class Encoded:
     def take(self, images: Sequence[int]) -> Encoded:
         """The same for some of the images, in another order or repeated."""
 
-        def picked(values: Sequence[Any] | None) -> Any:
-            return None if values is None else [values[image] for image in images]
+        def picked(values: Sequence[T]) -> list[T]:
+            return [values[image] for image in images]
 
         return Encoded(
             tuple(picked(self.visuals)),
-            picked(self.crops),
-            picked(self.features),
+            None if self.crops is None else picked(self.crops),
+            None if self.features is None else picked(self.features),
             self.sights,
             self.layer,
-            picked(self.pixels) if self.pixels else [],
+            picked(self.pixels) if self.pixels else (),
             caches=picked(self.caches),
         )
 
@@ -84,13 +90,19 @@ class Tower:
         tokens: of every image and video, CLS first where the model keeps it.
         encoded: the unpruned outcome; None when patches were cut while the tower ran.
         run: the pass that ran, for the report.
-        seconds: "tower_s" and "prune_s".
+        visuals: the images and videos.
+        pixels: as in `Encoded`.
+        span: how long the tower took, pruning inside it included; None where it did not run.
+        prune_s: host seconds spent in observing and pruning.
     """
 
     tokens: list[VisualTokens]
     encoded: Encoded | None
     run: TowerRun | None
-    seconds: dict[str, float]
+    visuals: tuple[Visual, ...]
+    pixels: Sequence[Callable[[], Tensor]]
+    span: Span | None
+    prune_s: float = 0.0
 
 
 def encode(
@@ -100,6 +112,7 @@ def encode(
     layer: int | None = None,
     *,
     crops: bool | None = None,
+    visuals: tuple[Visual, ...] | None = None,
 ) -> Encoded:
     """Run the unpruned tower once, for one or many requests on the same images.
 
@@ -109,36 +122,44 @@ def encode(
         sights: what to observe of the tower.
         layer: 0-based tower layer to observe; None for the one behind the feature.
         crops: whether the tower's own output is needed; None when something is observed.
+        visuals: the images and videos of the inputs, where they are known already.
 
     Returns:
-        What `prepare(..., encoded=...)` takes instead of running the tower.
+        What `prepare(..., encoded=...)` takes instead of running the tower. It holds on to the
+        pixels, which some methods look at.
+
+    Raises:
+        PromptError: inputs of another shape than the processor gives.
+        SettingsError: the tower has no such layer, or it attends to windows only.
     """
     family = parts.family
-    visuals = family.visuals(inputs)
-    start = time.perf_counter()
-    pixels = family.crop_pixels(inputs, visuals)
+    if visuals is None:
+        inputs = family.as_tensors(inputs)
+        visuals = family.visuals(inputs)
+    pixels = _pixels(family, inputs, visuals)
+    span = _span(family, inputs)
     if not (bool(sights) if crops is None else crops):
         features = family.stock_features(inputs, visuals)
-        _finish(features)
-        return Encoded(visuals, None, features, pixels=pixels, tower_s=time.perf_counter() - start)
+        return Encoded(visuals, None, features, pixels=pixels, span=span.end())
     watched = family.feature_layer if layer is None and sights else layer
     seen: Sequence[Observed] = ()
+    observe_s = 0.0
     if sights and watched is not None:
-        tower_pass = ObservePass(watched, sights, _merge_unit(family))
-        with _running(parts, tower_pass, visuals):
+        family.check_observed(watched, "the observed layer")
+        tower_pass = ObservePass(watched, sights, family.tower.merge_unit)
+        with _running(parts, tower_pass, visuals) as run:
             rows = family.run_tower(inputs, visuals)
-        seen = tower_pass.seen
+        seen, observe_s = tower_pass.seen, run.seconds
     else:
         rows = family.run_tower(inputs, visuals)
-    _finish(rows)
     whole = _whole_crops(family, visuals, rows, seen)
-    seconds = time.perf_counter() - start
-    return Encoded(visuals, whole, None, sights, watched, pixels, seconds)
+    return Encoded(visuals, whole, None, sights, watched, pixels, span.end(), observe_s=observe_s)
 
 
 def run_tower(
     parts: LMMParts,
     inputs: Mapping[str, Any],
+    visuals: tuple[Visual, ...],
     method: PruningMethod | None,
     sights: frozenset[Sight],
     layer: int | None,
@@ -149,13 +170,13 @@ def run_tower(
     Args:
         parts: the model.
         inputs: model inputs with the images.
+        visuals: the images and videos.
         method: who decides at the tower, if anybody.
         sights: what this or another method wants to know of the unpruned tower.
         layer: 0-based tower layer to look at; None for the one behind the feature.
         encoded: an earlier outcome to use instead of running the tower.
     """
     family = parts.family
-    visuals = family.visuals(inputs) if encoded is None else encoded.visuals
     budgets = [family.tokens_of(visual) for visual in visuals]
     if method is not None:
         budgets = crop_budgets(method, family, visuals)
@@ -171,17 +192,19 @@ def run_tower(
     condenses = method is not None and busy and method.condenses
     if method is not None and method.condenses and not busy:
         sights = frozenset()
+    prune_s = 0.0
     if encoded is None:
-        encoded = encode(parts, inputs, sights, layer, crops=True if condenses else None)
+        wanted = True if condenses else None
+        encoded = encode(parts, inputs, sights, layer, crops=wanted, visuals=visuals)
+        prune_s = encoded.observe_s
     elif not sights <= encoded.sights or (sights and layer not in (None, encoded.layer)):
         raise UnsupportedError(
             f"the encoded image holds {sorted(encoded.sights) or 'nothing'} of tower layer "
             f"{encoded.layer}, but the method looks at {sorted(sights)} of layer {layer}: encode "
             "the image with these"
         )
-    seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}
     if method is None or not condenses:
-        return Tower(_whole_tokens(family, encoded), encoded, None, seconds)
+        return replace(_whole(family, encoded), prune_s=prune_s)
     start = time.perf_counter()
     if not family.packs_pruned:
         tokens = [
@@ -191,8 +214,14 @@ def run_tower(
     else:
         condensed = _condensed(encoded, method, budgets)
         tokens = _packed(family, visuals, _projected(family, condensed), method)
-    seconds["prune_s"] = time.perf_counter() - start
-    return Tower(tokens, encoded, None, seconds)
+    prune_s += time.perf_counter() - start
+    return Tower(tokens, encoded, None, visuals, encoded.pixels, encoded.span, prune_s)
+
+
+def _whole(family: Family, encoded: Encoded) -> Tower:
+    """Station 1 where nothing is pruned."""
+    tokens = _whole_tokens(family, encoded)
+    return Tower(tokens, encoded, None, encoded.visuals, encoded.pixels, encoded.span)
 
 
 def crop_budgets(method: PruningMethod, family: Family, visuals: Sequence[Visual]) -> list[int]:
@@ -219,7 +248,7 @@ def _cut_inside(
     budgets: Sequence[int],
 ) -> Tower:
     """Run the tower under the method's pass and pack what it leaves."""
-    family, lead, unit = parts.family, int(parts.family.keeps_cls), _merge_unit(parts.family)
+    family, lead, unit = parts.family, int(parts.family.keeps_cls), parts.family.tower.merge_unit
     lengths = [rows * cols * unit for visual in visuals for rows, cols in visual.crop_grids]
     targets = [
         min((budget - lead) * unit, rows * cols * unit)
@@ -240,16 +269,11 @@ def _cut_inside(
         )
     )
     if tower_pass is None:
-        encoded = encode(parts, inputs)
-        seconds = {"tower_s": encoded.tower_s, "prune_s": 0.0}
-        return Tower(_whole_tokens(family, encoded), encoded, None, seconds)
-    start = time.perf_counter()
+        return _whole(family, encode(parts, inputs, visuals=visuals))
+    pixels, span = _pixels(family, inputs, visuals), _span(family, inputs)
     with _running(parts, tower_pass, visuals) as run:
         rows = family.run_tower(inputs, visuals)
-        if isinstance(parts.tower, PackedTowerStation):
-            rows = run.select(torch.cat(rows))
-    _finish(rows)
-    seconds = {"tower_s": time.perf_counter() - start, "prune_s": run.seconds}
+    span.end()
     if score_only:
         whole = Encoded(visuals, _whole_crops(family, visuals, rows, ()), None)
         tokens = [
@@ -266,14 +290,12 @@ def _cut_inside(
                 )
             )
         ]
-        return Tower(tokens, None, None, seconds)
-    kept = run.tokens if isinstance(parts.tower, PackedTowerStation) else run.kept
-    crops = []
-    for features, index in zip(rows, kept, strict=True):
-        own = features[: len(index) + int(family.tower.has_cls)]
-        crops.append(_crop(family, own, index.to("cpu"), None))
-    grouped = _grouped(visuals, crops)
-    return Tower(_packed(family, visuals, _projected(family, grouped), method), None, run, seconds)
+        return Tower(tokens, None, None, visuals, pixels, span, run.seconds)
+    crops = [
+        _crop(family, features, index.to("cpu"), None) for index, features in run.selected(rows)
+    ]
+    tokens = _packed(family, visuals, _projected(family, _grouped(visuals, crops)), method)
+    return Tower(tokens, None, run, visuals, pixels, span, run.seconds)
 
 
 def _pictures(visuals: Sequence[Visual]) -> tuple[int, ...]:
@@ -318,24 +340,33 @@ def _condensed_packed(
 # -- parts -------------------------------------------------------------------------------------
 
 
-def _merge_unit(family: Family) -> int:
-    return int(getattr(family.tower, "merge_unit", 1))
+def _pixels(
+    family: Family, inputs: Mapping[str, Any], visuals: Sequence[Visual]
+) -> list[Callable[[], Tensor]]:
+    """For each visual what gives its pixels; those of all are put together at the first call."""
+    # A copy: what the tower uses up is taken from a request's inputs later.
+    inputs, found = dict(inputs), cast("list[Tensor]", [])
+
+    def pixels(place: int) -> Tensor:
+        if not found:
+            found.extend(family.crop_pixels(inputs, visuals))
+        return found[place]
+
+    return [partial(pixels, place) for place in range(len(visuals))]
+
+
+def _span(family: Family, inputs: Mapping[str, Any]) -> Span:
+    """The clock of a tower that starts to run."""
+    given = [inputs.get(name) for name in family.pixel_inputs]
+    devices = [one.device for one in given if isinstance(one, Tensor)]
+    return Span(devices[0] if devices else torch.device("cpu"))
 
 
 def _running(parts: LMMParts, tower_pass: TowerPass, visuals: Sequence[Visual]) -> Any:
     """The tower station with a pass, in this thread."""
-    station = parts.tower
-    if isinstance(station, PackedTowerStation):
-        side = int(_merge_unit(parts.family) ** 0.5)
-        grids = [grid for visual in visuals for grid in visual.crop_grids]
-        return station.running(tower_pass, [(rows * side, cols * side) for rows, cols in grids])
-    return station.running(tower_pass)
-
-
-def _finish(features: Sequence[Tensor]) -> None:
-    """Wait for the device, so that the clock tells the tower's own time."""
-    if features and features[0].is_cuda:
-        torch.cuda.synchronize(features[0].device)
+    side = math.isqrt(parts.family.tower.merge_unit)
+    grids = [grid for visual in visuals for grid in visual.crop_grids]
+    return parts.tower.running(tower_pass, [(rows * side, cols * side) for rows, cols in grids])
 
 
 def _crop(family: Family, rows: Tensor, index: Tensor, observed: Observed | None) -> Crop:
@@ -396,9 +427,8 @@ def _packed(
     crops: Sequence[Sequence[Crop]],
     method: PruningMethod,
 ) -> list[VisualTokens]:
-    newlines = bool(getattr(method, "keep_newlines", False))
     return [
-        packed_crops(visual, own, place, family.newline, keep_newlines=newlines)
+        packed_crops(visual, own, place, family.newline, keep_newlines=method.keeps_newlines)
         for place, (visual, own) in enumerate(zip(visuals, crops, strict=True))
     ]
 

@@ -19,6 +19,7 @@ import torch
 from mmlm_efficient.errors import ModelLoadError, SettingsError, UnsupportedError, nearest
 from mmlm_efficient.families import family_class
 from mmlm_efficient.model import EfficientLMM, Methods
+from mmlm_efficient.names import POCKET, POCKET_WEIGHTS
 from mmlm_efficient.original_llava import (
     is_original,
     load_original,
@@ -43,8 +44,6 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-POCKET = "pocket"
-POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 # Everything a model folder may hold that transformers reads; old .bin copies are left out.

@@ -22,7 +22,9 @@ from mmlm_efficient.errors import ContextError, SettingsError
 from mmlm_efficient.families.base import Fit
 from mmlm_efficient.generation import Settings, refusals
 from mmlm_efficient.inputs import behind, input_ids_of
+from mmlm_efficient.names import model_name
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
+from mmlm_efficient.processors import image_stats
 from mmlm_efficient.prompts import (
     AnyRequest,
     Images,
@@ -82,7 +84,7 @@ class EfficientLMM:
         processor: its processor, with a chat template for `ask`.
         methods: what every request goes through unless it says otherwise: method objects, or
             their short forms such as "flowcut:64".
-        name: how messages call the model.
+        name: what messages and profiles call the model; if left out, what it was loaded from.
 
     Raises:
         UnsupportedError: the family of the model, or a method on it, is not supported.
@@ -109,13 +111,18 @@ class EfficientLMM:
     ) -> None:
         self.model = model
         self.processor = processor
-        self.name = name or type(model).__name__
-        self._parts = LMMParts(model, _image_stats(processor), self.name)
+        self.name = name or model_name(model)
+        self._parts = LMMParts(model, image_stats(processor), self.name)
         try:
             self._methods = self._checked(methods)
         except Exception:
             self._parts.close()
             raise
+
+    @property
+    def parts(self) -> LMMParts:
+        """The model with its stations, for `prepare` and `encode`."""
+        return self._parts
 
     @property
     def image_fit(self) -> Fit:
@@ -162,7 +169,7 @@ class EfficientLMM:
             return self.methods
         chosen = as_methods(methods)
         check_methods(chosen)
-        check_family(chosen, self._parts.family)
+        check_family(chosen, self._parts.family, self._parts.identity)
         return chosen
 
     # Questions and answers
@@ -490,10 +497,3 @@ class EfficientLMM:
     def _forward_arguments(self) -> set[str]:
         """Names of the model's own inputs."""
         return set(inspect.signature(self.model.forward).parameters) - {"kwargs"}
-
-
-def _image_stats(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation per channel that the image processor normalises with."""
-    images = getattr(processor, "image_processor", None)
-    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
-    return None if mean is None or std is None else (tuple(mean), tuple(std))

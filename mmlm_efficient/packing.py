@@ -111,10 +111,12 @@ def _left(crop: Crop, lookup: Tensor, offset: int) -> tuple[Tensor, Tensor, Tens
     if crop.members is not None:
         merged = torch.tensor([len(group) > 1 for group in crop.members])
         kind = torch.where(merged & ~is_cls, 2, kind)
-        for row in merged.nonzero().squeeze(1).tolist():
-            shown = [int(lookup[one]) for one in crop.members[row] if lookup[one] >= 0]
-            if position[row] < 0 and shown:
-                position[row] = shown[0]
+        # A merged token whose own place is unpadded away stands at its first member that is not.
+        hidden = (merged & (position < 0)).nonzero().squeeze(1).tolist()
+        places = lookup.tolist() if hidden else []
+        for row in hidden:
+            shown = (places[one] for one in crop.members[row] if places[one] >= 0)
+            position[row] = next(shown, -1)
     row = torch.arange(offset, offset + len(crop))
     stays = (position >= 0) | is_cls
     return kind[stays], position[stays], row[stays]
@@ -127,10 +129,10 @@ def _members(
     if all(crop.members is None for crop in crops):
         return None
     groups: list[tuple[int, ...]] = []
-    for place, crop in enumerate(crops):
-        given = crop.members or tuple((int(one),) for one in crop.index)
+    for crop, positions in zip(crops, lookup.tolist(), strict=True):
+        given = crop.members or tuple((one,) for one in crop.index.tolist())
         for group in given:
-            shown = (int(lookup[place, one]) for one in group if one != CLS_INDEX)
+            shown = (positions[one] for one in group if one != CLS_INDEX)
             groups.append(tuple(sorted(position for position in shown if position >= 0)))
     return tuple(groups[row] for row in rows.tolist())
 

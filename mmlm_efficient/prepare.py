@@ -17,18 +17,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mmlm_efficient.bridging import cut_prompt, reduced
+from mmlm_efficient.clock import Span
 from mmlm_efficient.encoding import Encoded, run_tower
 from mmlm_efficient.errors import ContextError, SettingsError, UnsupportedError
 from mmlm_efficient.families import Family, family_of
-from mmlm_efficient.families.base import Identity
+from mmlm_efficient.families.base import Identity, Visual
 from mmlm_efficient.inputs import needs_stock, uncut_layout
+from mmlm_efficient.names import model_name
 from mmlm_efficient.pruning.base import LayerJob, Method, PruningMethod
 from mmlm_efficient.reports import CropRuns, image_report
 from mmlm_efficient.stations.bridge import (
@@ -54,7 +56,8 @@ class LMMParts:
         model: a transformers model of a supported family.
         image_stats: the image processor's (mean, std) per channel, for methods that look at
             8-bit pixels; None when it is not known.
-        name: what the model was loaded as, for settings that belong to one model.
+        name: what the model was loaded as, for settings that belong to one model; None asks the
+            model itself, see `model_name`.
 
     Raises:
         UnsupportedError: no family knows the model.
@@ -73,7 +76,7 @@ class LMMParts:
         )
         self.layer = LayerStation(self.family.decoder)
         self.image_stats = image_stats
-        self.identity: Identity = self.family.identity(name or type(model).__name__)
+        self.identity: Identity = self.family.identity(model_name(model, name))
 
     def close(self) -> None:
         """Remove all hooks: the model is stock again. Safe to call twice."""
@@ -120,20 +123,30 @@ def check_methods(methods: Sequence[Method]) -> None:
                 f"'{tower.name}' cuts tokens there: use one of them"
             )
     # Cuts inside the language model have a rule of their own.
-    before = [m for m in pruning if {"tower", "bridge"} & set(m.owned_stations)]
+    _check_positions(pruning, axes=False)
+
+
+def _check_positions(methods: Sequence[PruningMethod], axes: bool) -> None:
+    """Refuse two methods in front of the language model that mean different position rules."""
+    before = [m for m in methods if {"tower", "bridge"} & set(m.owned_stations)]
     for method in before[1:]:
-        if method.position_ids != before[0].position_ids:
+        rules = before[0].positions(axes), method.positions(axes)
+        if rules[0] != rules[1]:
             raise SettingsError(
                 f"'{before[0].name}' has position_ids='{before[0].position_ids}' and "
-                f"'{method.name}' has position_ids='{method.position_ids}': give both the same"
+                f"'{method.name}' has position_ids='{method.position_ids}', which mean "
+                f"'{rules[0]}' and '{rules[1]}': give both the same"
             )
 
 
-def check_family(methods: Sequence[Method], family: Family) -> None:
-    """Refuse methods that do not know the model's family.
+def check_family(
+    methods: Sequence[Method], family: Family, identity: Identity | None = None
+) -> None:
+    """Refuse methods that do not know the model's family, or do not fit the model if it is given.
 
     Raises:
         UnsupportedError: a method does not; the message names the families that it knows.
+        SettingsError: position rules that the model has not, or that differ on it.
     """
     for method in methods:
         if method.families != "all" and family.name not in method.families:
@@ -143,6 +156,9 @@ def check_family(methods: Sequence[Method], family: Family) -> None:
             )
         if isinstance(method, PruningMethod):
             method.positions(family.axes)
+            if identity is not None:
+                method.check_model(identity)
+    _check_positions([m for m in methods if isinstance(m, PruningMethod)], family.axes)
 
 
 @dataclass
@@ -165,7 +181,8 @@ class Prepared:
     _kinds: tuple[Any, ...] = ()
     _request: LayerRequest | None = None
     _run: TowerRun | None = None
-    _seconds: dict[str, float] = field(default_factory=dict)
+    _span: Span | None = None
+    _prune_s: float = 0.0
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -219,9 +236,12 @@ class Prepared:
 
     def report(self) -> PruningReport:
         """What happened to each image; the decoder's part is complete after the prefill."""
-        seconds = dict(self._seconds)
-        if self._request is not None:
-            seconds["prune_s"] += self._request.seconds
+        seconds: dict[str, float] = {}
+        if self.tokens:
+            seconds["tower_s"] = 0.0 if self._span is None else self._span.seconds
+            seconds["prune_s"] = self._prune_s
+            if self._request is not None:
+                seconds["prune_s"] += self._request.seconds
         n_layers = len(self.parts.family.decoder.layers)
         images = tuple(
             image_report(
@@ -237,7 +257,7 @@ class Prepared:
         """The tower runs of an image, where patches were cut in them."""
         if self._run is None:
             return None
-        unit = int(getattr(self.parts.family.tower, "merge_unit", 1))
+        unit = self.parts.family.tower.merge_unit
         first = sum(self._n_crops[:image])
         return CropRuns(self._run, first, self._n_crops[image], unit)
 
@@ -290,26 +310,38 @@ def prepare(
     lmm_parts.check_open()
     family = lmm_parts.family
     check_methods(methods)
-    check_family(methods, family)
+    check_family(methods, family, lmm_parts.identity)
     if padding_side not in ("left", "right"):
         raise SettingsError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if encoded is not None:
         inputs = {name: inputs[name] for name in inputs if name not in family.consumed}
-        visuals = encoded.visuals
+        inputs, visuals = family.as_tensors(inputs), encoded.visuals
     else:
-        visuals = () if needs_stock(family, inputs, methods) else family.visuals(inputs)
+        inputs, visuals = _visuals(family, inputs, methods)
     layout = uncut_layout(family, inputs, visuals, padding_side)
     prepared = Prepared(lmm_parts, tuple(methods), (), layout, dict(inputs))
     if visuals:
         prepared._kinds = tuple(visual.kind for visual in visuals)
         prepared._n_crops = tuple(visual.n_crops for visual in visuals)
         prepared._n_stock = tuple(family.tokens_of(visual) for visual in visuals)
-        _encode(prepared, encoded)
+        _encode(prepared, visuals, encoded)
         _shorten(prepared)
         _plan_layers(prepared)
     _check_context(prepared)
     return prepared
+
+
+def _visuals(
+    family: Family, inputs: dict[str, Any], methods: Sequence[Method]
+) -> tuple[dict[str, Any], tuple[Visual, ...]]:
+    """What a request shows that runs before the model, and its inputs with lists as tensors;
+    nothing where the stock model runs them as they are."""
+    shows = any(name in inputs for name in family.pixel_inputs)
+    if needs_stock(family, inputs, methods) or not shows:
+        return inputs, ()
+    inputs = family.as_tensors(inputs)
+    return inputs, family.visuals(inputs)
 
 
 def _owner(prepared: Prepared, station: str) -> PruningMethod | None:
@@ -320,7 +352,7 @@ def _owner(prepared: Prepared, station: str) -> PruningMethod | None:
     return None
 
 
-def _encode(prepared: Prepared, encoded: Encoded | None) -> None:
+def _encode(prepared: Prepared, visuals: tuple[Visual, ...], encoded: Encoded | None) -> None:
     """Stations "tower" and "bridge": the tokens of every image that enter the language model."""
     parts, inputs = prepared.parts, prepared._inputs
     bridge = _owner(prepared, "bridge")
@@ -336,15 +368,16 @@ def _encode(prepared: Prepared, encoded: Encoded | None) -> None:
     ]
     sights = watching[0].observes if watching else frozenset()
     layer = watching[0].observed_layer(parts.family) if watching else None
-    tower = run_tower(parts, inputs, _owner(prepared, "tower"), sights, layer, encoded)
+    owner = _owner(prepared, "tower")
+    tower = run_tower(parts, inputs, visuals, owner, sights, layer, encoded)
     prepared._run = tower.run
     prepared._n_tower = tuple(len(tokens) for tokens in tower.tokens)
-    prepared._seconds = dict(tower.seconds)
+    prepared._span, prepared._prune_s = tower.span, tower.prune_s
     if bridge is not None:
         start = time.perf_counter()
         samples = samples_of(prepared.layout, len(tower.tokens))
-        tower.tokens = reduced(bridge, parts, tower, inputs, samples)
-        prepared._seconds["prune_s"] += time.perf_counter() - start
+        tower.tokens = reduced(bridge, parts, tower, samples)
+        prepared._prune_s += time.perf_counter() - start
     prepared.tokens = tuple(tower.tokens)
     for name in parts.family.consumed:
         prepared._inputs.pop(name, None)

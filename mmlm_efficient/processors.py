@@ -69,3 +69,10 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))  # its ValueError is the caller's
     return content if isinstance(content, dict) else {}
+
+
+def image_stats(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation per channel that the image processor normalises with."""
+    images = getattr(processor, "image_processor", None)
+    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+    return None if mean is None or std is None else (tuple(mean), tuple(std))

@@ -190,8 +190,9 @@ class PruningReport:
 
     Attributes:
         images: one report per image, in the order of the request.
-        seconds: host seconds: "tower_s" (tower and projector, pruning inside it included) and
-            "prune_s" (all scoring and cutting, that inside the tower included).
+        seconds: "tower_s" (tower and projector, pruning inside it included; on CUDA by the
+            device's own clock, which no request waits for) and "prune_s" (host seconds of all
+            scoring and cutting, that inside the tower included).
         methods: names of the methods of the request.
     """
 

@@ -113,7 +113,9 @@ def test_guidance_is_refused_by_its_name(
         {"guidance_scale": 1.5},
         {"generation_config": GenerationConfig(guidance_scale=2)},
     ):
-        with pytest.raises(UnsupportedError, match=r"guidance_scale=.*without llm_prune_layer"):
+        with pytest.raises(
+            UnsupportedError, match=r"guidance_scale=.*prune before the language model only"
+        ):
             lmm.ask(QUESTION, picture(), methods=method, **scale, **options)
     inputs = inputs_of(lmm, (QUESTION, picture()))
     with pytest.raises(UnsupportedError, match="guidance_scale=1.5"):

@@ -10,10 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from mmlm_efficient import EfficientLMM
-from mmlm_efficient.errors import PromptError, UnsupportedError
-from mmlm_efficient.prepare import LMMParts, prepare
-from mmlm_efficient.pruning import FlowCut
-from tests import tiny
+from mmlm_efficient.encoding import encode
+from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
+from mmlm_efficient.prepare import LMMParts, check_family, check_methods, prepare
+from mmlm_efficient.pruning import DivPrune, FlowCut, RandomPruning, VisPruner
+from tests import tiny, tiny_families
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
 PROMPT = tiny.prompt(1, 5, I, 6, 7, 8)
@@ -253,3 +254,101 @@ def test_a_prepared_request_does_not_run_after_close() -> None:
             pass
         with pytest.raises(UnsupportedError, match="was closed"):
             prepare(parts, request(), [])
+
+
+# Lists and other things beside the pixels
+
+
+TABLES = ("image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw")
+SHOWING = [
+    (family, case)
+    for family in tiny_families.FAMILIES
+    for case in tiny_families.cases(family)
+    if case != "text"
+]
+
+
+def as_lists(inputs: Inputs) -> Inputs:
+    return {name: value.tolist() if name in TABLES else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize(("family", "case"), SHOWING)
+def test_lists_stand_for_tensors(family: str, case: str) -> None:
+    model = tiny_families.tiny_model(family)
+    inputs = tiny_families.sample_inputs(family, case)
+    lists = as_lists(inputs)
+    assert any(isinstance(value, list) for value in lists.values()) or case == "video"
+    arrays = {name: inputs[name].numpy() for name in lists if name in TABLES}
+    rows = {name: list(inputs[name]) for name in lists if name in TABLES}
+    floats = {name: inputs[name].float() for name in lists if name in TABLES}
+    with torch.no_grad(), LMMParts(model) as parts:
+        for methods in ([], [FlowCut(keep_tokens=4)], [RandomPruning(keep_tokens=4)]):
+            prepared = prepare(parts, inputs, methods)
+            with prepared.active():
+                want = model(**prepared.model_inputs).logits
+            for other in (lists, {**inputs, **arrays}, {**inputs, **rows}, {**inputs, **floats}):
+                prepared = prepare(parts, other, methods)
+                with prepared.active():
+                    assert torch.equal(model(**prepared.model_inputs).logits, want)
+                    model.generate(**prepared.model_inputs, max_new_tokens=2, num_beams=2)
+        text = {name: lists[name] for name in lists if name not in parts.family.pixel_inputs}
+        encoded = encode(parts, lists)
+        prepared = prepare(parts, text, [RandomPruning(keep_tokens=4)], encoded=encoded)
+        assert torch.equal(model(**prepared.model_inputs).logits, want)
+
+
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+@pytest.mark.parametrize("methods", [(), (RandomPruning(keep_tokens=3),)], ids=["stock", "random"])
+def test_sizes_and_pixels_that_are_none_are_refused(family: str, methods: Any) -> None:
+    inputs = tiny_families.sample_inputs(family, "several")
+    beside = "image_grid_thw" if family in tiny_families.QWEN else "image_sizes"
+    zeros, negative = inputs[beside].clone(), inputs[beside].tolist()
+    zeros[1], negative[2][-1] = 0, -4
+    broken: list[tuple[str, Any]] = [
+        (beside, zeros),
+        (beside, negative),
+        (beside, [["a", "b"]] * 4),
+        (beside, 7),
+        (beside, inputs[beside] + 0.5),
+        ("pixel_values", inputs["pixel_values"].tolist()),
+        ("pixel_values", list(inputs["pixel_values"])),
+    ]
+    if family == "llava_onevision":
+        broken += [("batch_num_images", "aaaa"), ("batch_num_images", [[1], [1]])]
+        broken += [("batch_num_images", [1, 1, -2])]
+    with torch.no_grad(), LMMParts(tiny_families.tiny_model(family)) as parts:
+        for name, value in broken:
+            with pytest.raises(PromptError, match=f"^{name}"):
+                prepare(parts, {**inputs, name: value}, methods)
+
+
+def test_a_list_of_pictures_is_refused(lmm: EfficientLMM) -> None:
+    pictures = list(tiny.images(1))
+    with pytest.raises(PromptError, match="pixel_values: expected a tensor, got list"):
+        lmm.forward(**{**request(), "pixel_values": pictures}, methods=())
+
+
+def test_sizes_beside_no_pixels_are_the_stock_models_matter() -> None:
+    """It ignores them."""
+    model = tiny_families.tiny_model("llava_next")
+    text = {**tiny_families.sample_inputs("llava_next", "text"), "image_sizes": "none"}
+    with torch.no_grad(), LMMParts(model) as parts:
+        want = model(**text).logits
+        assert torch.equal(model(**prepare(parts, text).model_inputs).logits, want)
+
+
+# Position rules of two methods
+
+
+def test_methods_that_mean_the_same_positions_go_together() -> None:
+    same = [VisPruner(keep_tokens=9, position_ids="compact"), DivPrune(keep_tokens=4)]
+    check_methods(same)
+    check_methods([FlowCut(keep_tokens=9), RandomPruning(keep_tokens=4, position_ids="compact")])
+    other = RandomPruning(keep_tokens=4, position_ids="original")
+    with pytest.raises(SettingsError, match="which mean 'compact' and 'original': give both"):
+        check_methods([FlowCut(keep_tokens=9), other])
+    with LMMParts(tiny_families.tiny_model("qwen2_vl")) as parts:
+        # Where positions have axes, both keep them.
+        check_family([FlowCut(keep_tokens=9), other], parts.family)
+        with pytest.raises(SettingsError, match="position_ids='compact' has no meaning"):
+            check_family(same, parts.family)

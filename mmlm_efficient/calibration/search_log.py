@@ -18,7 +18,8 @@ from typing import Any
 from mmlm_efficient.errors import SettingsError
 
 KIND = "search log"
-FORMAT = 1
+# 2: the settings name the weights; samples are told apart by their pictures.
+FORMAT = 2
 
 
 @dataclass(frozen=True)

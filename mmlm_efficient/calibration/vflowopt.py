@@ -11,31 +11,36 @@ output, its attention map and the projected features. A candidate then costs pru
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from mmlm_efficient.calibration.data import Sample
+from mmlm_efficient.calibration.digests import samples_digest, weights_digest
 from mmlm_efficient.calibration.search import SearchResult, search
 from mmlm_efficient.encoding import Encoded, encode
-from mmlm_efficient.errors import SettingsError, UnsupportedError
+from mmlm_efficient.errors import ContextError, PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.model import EfficientLMM
 from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.pruning.vflowopt import VFlowOpt
 from mmlm_efficient.pruning.vflowopt_plan import (
+    Schedule,
     Segments,
+    achieved_ratio,
     default_stage_layers,
     ratios_from_cumulative,
     segments,
@@ -47,8 +52,14 @@ from mmlm_efficient.pruning.vflowopt_profiles import Profile
 Space = Literal["budget", "released"]
 # The grid that the released box was written for: 27 x 27 tokens of a SigLIP tower.
 _RELEASED_SIDE = 27
-# How near the first stage may come to spending the whole budget.
+# How much of what an even spread leaves for the later stages an earlier one may spend.
 _MOST = 0.98
+# How far a schedule may miss the budget and still count as one for it.
+_ROUNDING = 1e-6
+
+
+_pruning_logger = logging.getLogger("mmlm_efficient.pruning")
+_DTYPE_HINT = "Check the model's dtype: float16 overflows in some models; try bfloat16 or float32"
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
-        profile: the schedule with the best objective.
+        profile: the schedule with the best objective. Its keep_ratio is what the schedule really
+            keeps, in the space "released" mostly less than was asked for.
         result: every evaluation of the search.
         mean, least: cosine of the pruned with the unpruned state at the best schedule, mean and
             smallest over the samples.
@@ -108,14 +120,16 @@ def optimize_profile(
         n_initial_points: of them, how many spread over the space before the search learns.
         seed: of the search.
         space: "budget" tries only schedules that spend the budget, with thresholds and cells in
-            proportion to the model's grid; "released" is the authors' box.
+            proportion to the model's grid; "released" is the authors' box, whose schedules keep
+            the budget at most. See `candidate`.
         stage_layers: decoder layers whose input is cut; the paper's share of the depth if unset.
         log_path: file of finished evaluations; a search with the same settings goes on from it.
         progress: show progress bars.
 
     Raises:
         SettingsError: a setting is out of range, too few samples, or the log is of another search.
-        UnsupportedError: a candidate gave no number.
+        PromptError: a sample's prompt does not fit the model, or exceeds its context unpruned.
+        UnsupportedError: a candidate gave no number, or no picture has tokens to prune.
     """
     if not 0.0 < keep_ratio < 1.0:
         raise SettingsError(f"budget must be a number in (0, 1), got {keep_ratio!r}")
@@ -128,8 +142,9 @@ def optimize_profile(
     layers = default_stage_layers(depth) if stage_layers is None else stage_layers
     lengths = segments(layers, depth)
     prompts = remembered(lmm, samples, progress=progress)
-    grid = prompts[0].encoded.visuals[0].crop_grids[0]
-    box = _box(space, keep_ratio, lengths, grid)
+    _check_tokens(parts, prompts)
+    grids = [prompt.encoded.visuals[0].crop_grids[0] for prompt in prompts]
+    box = _box(space, keep_ratio, lengths, grids)
 
     def objective(theta: dict[str, float]) -> float:
         method = candidate(theta, keep_ratio, layers, lengths, space)
@@ -141,7 +156,8 @@ def optimize_profile(
         "stage_layers": list(layers),
         "space": space,
         "samples": len(samples),
-        "samples_sha256": digest(samples, prompts),
+        "samples_sha256": samples_digest(samples, [one.inputs["input_ids"] for one in prompts]),
+        "weights_sha256": weights_digest(lmm.model, lmm.name),
     }
     result = search(
         objective,
@@ -155,7 +171,7 @@ def optimize_profile(
     )
     best = candidate(dict(result.best.parameters), keep_ratio, layers, lengths, space)
     found = cosines(parts, prompts, best)
-    plain = untuned(keep_ratio, lengths)
+    plain = _untuned(keep_ratio, lengths)
     fallback = VFlowOpt(
         stage_layers=layers,
         stage_keep_ratios=plain.stage_keep_ratios,
@@ -172,19 +188,48 @@ def optimize_profile(
 def remembered(
     lmm: EfficientLMM, samples: Sequence[Sample], *, progress: bool = True
 ) -> list[Prompt]:
-    """Everything about the samples that no schedule changes, computed once."""
-    parts, prompts = lmm._parts, []
-    sights = VFlowOpt.observes
-    for sample in tqdm(samples, desc="unpruned model", leave=False, disable=not progress or None):
+    """Everything about the samples that no schedule changes, computed once.
+
+    Raises:
+        PromptError: a sample's prompt does not fit the model, or exceeds its context.
+        UnsupportedError: the unpruned model gives no number.
+    """
+    bar = tqdm(samples, desc="unpruned model", leave=False, disable=not progress or None)
+    return [_remembered(lmm, sample) for sample in bar]
+
+
+def _remembered(lmm: EfficientLMM, sample: Sample) -> Prompt:
+    parts = lmm._parts
+    try:
         inputs = model_inputs(lmm, sample)
         with torch.no_grad():
-            encoded = encode(parts, inputs, sights)
+            encoded = encode(parts, inputs, VFlowOpt.observes)
             left = {
                 name: value for name, value in inputs.items() if name not in parts.family.consumed
             }
             state = last_state(parts, left, (), encoded)
-        prompts.append(Prompt(left, encoded, state))
-    return prompts
+    except ContextError as error:
+        raise ContextError(
+            f"sample {sample.name!r}: {error}. Calibration runs every prompt unpruned once: "
+            "shorten this question, give a smaller picture, or leave the sample out"
+        ) from error
+    except PromptError as error:
+        raise PromptError(f"sample {sample.name!r}: {error}") from error
+    if not bool(state.isfinite().all()):
+        raise UnsupportedError(
+            f"sample {sample.name!r}: the state of the unpruned model is no number. {_DTYPE_HINT}"
+        )
+    return Prompt(left, encoded, state)
+
+
+def _check_tokens(parts: LMMParts, prompts: Sequence[Prompt]) -> None:
+    """Refuse samples that leave nothing to find out."""
+    if all(int((~one.encoded.visuals[0].places.newline).sum()) <= 1 for one in prompts):
+        raise UnsupportedError(
+            f"{parts.identity.name} makes one visual token of every one of these {len(prompts)} "
+            "pictures, so there is nothing to prune: give larger pictures if the model takes "
+            "pictures of any size, or another model"
+        )
 
 
 def model_inputs(lmm: EfficientLMM, sample: Sample) -> dict[str, Any]:
@@ -225,17 +270,27 @@ def cosines(parts: LMMParts, prompts: Sequence[Prompt], method: VFlowOpt) -> lis
         UnsupportedError: one is no number.
     """
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         for prompt in prompts:
             state = last_state(parts, prompt.inputs, [method], prompt.encoded)
             value = float(torch.nn.functional.cosine_similarity(state, prompt.state, dim=0))
             if not math.isfinite(value):
                 raise UnsupportedError(
-                    f"the model's state is no number under {method!r}: check the model's dtype "
-                    "(float16 overflows in some models; try bfloat16 or float32)"
+                    f"the model's state is no number under {method!r}. {_DTYPE_HINT}"
                 )
             found.append(value)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without advice to the user about settings that the search itself tries."""
+    level = _pruning_logger.level
+    _pruning_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _pruning_logger.setLevel(level)
 
 
 def candidate(
@@ -245,12 +300,24 @@ def candidate(
     lengths: Segments,
     space: Space,
 ) -> VFlowOpt:
-    """The method that a point of the search space stands for."""
+    """The method that a point of the search space stands for; every point of the box has one.
+
+    In the space "budget", c0 and u give ratios that spend the budget exactly. In "released", r0
+    and r1 are the ratios themselves and the last one is solved from the budget, at most 1: where
+    it would be larger, the rest of the budget stays unspent. Where r0 and r1 would spend (nearly)
+    the whole budget, r1 is lowered until something is left for the last stage.
+
+    Args:
+        theta: name -> value of every parameter of the space.
+        keep_ratio: the budget, in (0, 1).
+        stage_layers: decoder layers whose input is cut.
+        lengths: the segments that they make.
+        space: see `optimize_profile`.
+    """
     if space == "budget":
         ratios = ratios_from_cumulative(keep_ratio, theta["c0"], theta["u"], lengths)
     else:
-        r0, r1 = theta["r0"], theta["r1"]
-        ratios = (r0, r1, solve_last_ratio(keep_ratio, r0, r1, lengths))
+        ratios = _within(keep_ratio, theta["r0"], theta["r1"], lengths)
     return VFlowOpt(
         stage_layers=stage_layers,
         stage_keep_ratios=ratios,
@@ -262,11 +329,43 @@ def candidate(
     )
 
 
+def _within(
+    keep_ratio: float, r0: float, r1: float, lengths: Segments
+) -> tuple[float, float, float]:
+    """Ratios that keep the budget at most; r0 spends less than the budget."""
+    left = sum(lengths) * keep_ratio - lengths[0] * r0
+    r1 = min(r1, _MOST * left / (lengths[1] * r0))
+    return r0, r1, solve_last_ratio(keep_ratio, r0, r1, lengths)
+
+
+def _most_first(keep_ratio: float, lengths: Segments) -> float:
+    """The largest first ratio that leaves something of the budget, larger than the budget."""
+    later = lengths[1] + lengths[2]
+    return min(1.0, keep_ratio * (1.0 + _MOST * later / lengths[0]))
+
+
+def _untuned(keep_ratio: float, lengths: Segments) -> Schedule:
+    """The untuned schedule; a near one where the stages lie too late for it."""
+    try:
+        return untuned(keep_ratio, lengths)
+    except SettingsError:
+        r0 = min(1.1 * keep_ratio, _most_first(keep_ratio, lengths))
+        ratios = _within(keep_ratio, r0, 1.0, lengths)
+        return replace(untuned(1.0, lengths), stage_keep_ratios=ratios)
+
+
 def _box(
-    space: Space, keep_ratio: float, lengths: Segments, grid: tuple[int, int]
+    space: Space, keep_ratio: float, lengths: Segments, grids: Sequence[tuple[int, int]]
 ) -> dict[str, tuple[float, float]]:
-    """The search space; see section 3.4 of the paper for the released one."""
-    most = min(1.0, 1.5 * keep_ratio, _MOST * sum(lengths) * keep_ratio / lengths[0])
+    """The search space; see section 3.4 of the paper for the released one.
+
+    Args:
+        space: see `optimize_profile`.
+        keep_ratio: the budget, in (0, 1).
+        lengths: see `segments`.
+        grids: (rows, cols) of tokens of one tower run of every sample; the median counts.
+    """
+    most = min(1.5 * keep_ratio, _most_first(keep_ratio, lengths))
     if space == "released":
         return {
             "r0": (keep_ratio, most),
@@ -275,25 +374,15 @@ def _box(
             "merge_grid_size": (3.0, 24.0),
             "entropy_weight": (-1.0, 1.0),
         }
-    side = max(grid) / _RELEASED_SIDE
+    side = statistics.median(max(grid) for grid in grids) / _RELEASED_SIDE
+    area = statistics.median(rows * cols for rows, cols in grids) / _RELEASED_SIDE**2
     return {
         "c0": (keep_ratio, most),
         "u": (0.0, 1.0),
-        "anchor_threshold": (0.0, 50.0 * grid[0] * grid[1] / _RELEASED_SIDE**2),
+        "anchor_threshold": (0.0, 50.0 * area),
         "merge_grid_size": (max(1.0, 3.0 * side), max(2.0, 24.0 * side)),
         "entropy_weight": (-1.0, 1.0),
     }
-
-
-def digest(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> str:
-    """Of the questions and the unpruned states: other data or another model, another digest."""
-    total = hashlib.sha256()
-    for sample, prompt in zip(samples, prompts, strict=True):
-        total.update(sample.question.encode())
-        # Coarse, so that another number of threads does not make it another search.
-        coarse = (prompt.state / prompt.state.norm() * 100).round().to(torch.int16)
-        total.update(coarse.cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def _profile(
@@ -305,33 +394,53 @@ def _profile(
     result: SearchResult,
     settings: Mapping[str, Any],
 ) -> Profile:
-    """The profile of the best candidate, with how it was found."""
+    """The profile of the best candidate, with how it was found.
+
+    Its keep_ratio is the mean that the candidate keeps, where that is not the budget asked for.
+
+    Raises:
+        SettingsError: the candidate makes no valid profile.
+    """
     identity = parts.identity
-    grid = best.merge_grid_size
-    return Profile(
-        model=identity.name,
-        family=identity.family,
-        decoder_layers=identity.decoder_layers,
-        decoder_width=identity.decoder_width,
-        tower_layers=identity.tower_layers,
-        keep_ratio=keep_ratio,
-        stage_layers=best.stage_layers or (1, 2),
-        stage_keep_ratios=best.stage_keep_ratios or (1.0, 1.0, 1.0),
-        anchor_threshold=best.anchor_threshold or 0.0,
-        entropy_weight=best.entropy_weight or 0.0,
-        merge_grid_size=None if isinstance(grid, str) else grid,
-        exact_budget=bool(best.exact_budget),
-        search={
-            "space": settings["space"],
-            "samples": settings["samples"],
-            "samples_sha256": settings["samples_sha256"],
-            "evaluations": len(result.evaluations),
-            "seed": result.seed,
-            "mean_cosine": round(statistics.mean(found), 6),
-            "least_cosine": round(min(found), 6),
-            "untuned_mean_cosine": round(before, 6),
-        },
-    )
+    grid, ratios, layers = best.merge_grid_size, best.stage_keep_ratios, best.stage_layers
+    if ratios is None or layers is None:
+        raise SettingsError(f"{best!r} has no stage_layers or no stage_keep_ratios of its own")
+    kept = achieved_ratio(*ratios, segments(layers, identity.decoder_layers))
+    try:
+        return Profile(
+            model=identity.name,
+            family=identity.family,
+            decoder_layers=identity.decoder_layers,
+            decoder_width=identity.decoder_width,
+            tower_layers=identity.tower_layers,
+            # Rounded, so that the number can be written out and given back.
+            keep_ratio=keep_ratio if abs(kept - keep_ratio) < _ROUNDING else float(f"{kept:.6g}"),
+            stage_layers=layers,
+            stage_keep_ratios=ratios,
+            anchor_threshold=best.anchor_threshold or 0.0,
+            entropy_weight=best.entropy_weight or 0.0,
+            merge_grid_size=None if isinstance(grid, str) else grid,
+            exact_budget=bool(best.exact_budget),
+            search={
+                "space": settings["space"],
+                "asked_keep_ratio": keep_ratio,
+                "samples": settings["samples"],
+                "samples_sha256": settings["samples_sha256"],
+                "weights_sha256": settings["weights_sha256"],
+                "evaluations": len(result.evaluations),
+                "seed": result.seed,
+                "mean_cosine": round(statistics.mean(found), 6),
+                "least_cosine": round(min(found), 6),
+                "untuned_mean_cosine": round(before, 6),
+            },
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise SettingsError(
+            f"the best schedule of {identity.name} makes no profile: {place}"
+            f"{first['msg'].removeprefix('Value error, ')}. Its parameters are in the search log"
+        ) from error
 
 
 def write_profile(profile: Profile, path: Path) -> None:

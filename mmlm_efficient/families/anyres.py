@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlm_efficient.errors import PromptError
+from mmlm_efficient.families.base import whole_numbers
 from mmlm_efficient.tokens import TokenPlaces
 
 # Nothing that is packed for its place is negative, so newlines can be told by it.
@@ -65,9 +66,10 @@ def sizes_of(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         inputs: model inputs with pixel_values [n, crops, 3, H, W] or [crops of all, 3, H, W].
 
     Raises:
-        PromptError: inputs of another shape than the processor gives.
+        PromptError: inputs of another shape than the processor gives, or sizes below 1.
     """
-    pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+    pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
+    sizes = None if given is None else whole_numbers("image_sizes", given)
     if pixels.ndim not in (4, 5) or sizes is None or sizes.ndim != 2 or sizes.shape[1] != 2:
         shape = None if sizes is None else list(sizes.shape)
         raise PromptError(
@@ -75,7 +77,13 @@ def sizes_of(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
             f"[n_images, 2], got {list(pixels.shape)} and {shape}. Give what the processor "
             "returns."
         )
-    return [(int(height), int(width)) for height, width in sizes.tolist()]
+    rows = sizes.tolist()
+    if any(side < 1 for row in rows for side in row):
+        raise PromptError(
+            f"image_sizes {rows}: heights and widths are pixels, at least 1. Give what the "
+            "processor returns."
+        )
+    return [(int(height), int(width)) for height, width in rows]
 
 
 def check_crops(pixels: Tensor, counts: Sequence[int]) -> None:

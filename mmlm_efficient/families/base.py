@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.errors import PromptError, SettingsError
 from mmlm_efficient.families.frames import FrameProcessor
 from mmlm_efficient.tokens import TokenPlaces
 
@@ -37,6 +37,9 @@ class TowerParts:
         heads: attention heads.
         has_cls: token 0 is a CLS token that is no patch.
         config: the tower's config; masks are built for its attention implementation.
+        merge_unit: consecutive patches that become one visual token.
+        full_attention: layers that attend to the whole picture, all others to windows of it;
+            None when there are no windows.
     """
 
     layers: Sequence[nn.Module]
@@ -45,6 +48,8 @@ class TowerParts:
     heads: int
     has_cls: bool
     config: Any
+    merge_unit: int = 1
+    full_attention: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ class Family(ABC):
         pixel_inputs: inputs of the model that hold images or videos.
         consumed: inputs of the model that the tower uses up, absent from what the language
             model's part is given.
+        tables: inputs of the model that hold whole numbers about the pictures; nested lists are
+            taken too.
         packs_pruned: whether tokens can be cut inside and right behind the tower, before they
             are packed. False where packing resizes grids: there all tokens go through, and
             scores are packed as features are.
@@ -150,6 +157,7 @@ class Family(ABC):
     describes: ClassVar[str]
     pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    tables: ClassVar[tuple[str, ...]] = ()
     packs_pruned: ClassVar[bool] = True
     tiles: ClassVar[bool] = False
     merges_patches: ClassVar[bool] = False
@@ -229,6 +237,28 @@ class Family(ABC):
             )
         return last
 
+    def check_observed(self, layer: int, source: str) -> None:
+        """Refuse to look at attention that a tower layer does not compute.
+
+        Args:
+            layer: 0-based tower layer to observe.
+            source: which setting names it, for the message.
+
+        Raises:
+            SettingsError: the layer does not exist, or attends to windows of the picture only.
+        """
+        depth, full = len(self.tower.layers), self.tower.full_attention
+        if not 0 <= layer < depth:
+            raise SettingsError(
+                f"{source}={layer}, but the vision tower has {depth} layers: give 0 to {depth - 1}"
+            )
+        if full is not None and layer not in full:
+            raise SettingsError(
+                f"{source}={layer}: that layer of the vision tower attends to windows only, so "
+                "there is no attention over the whole picture to rank by. Layers that attend to "
+                f"all of it: {', '.join(map(str, sorted(full))) or 'none'}"
+            )
+
     @property
     def keeps_cls(self) -> bool:
         """Whether the tower's CLS token is one of the visual tokens of an image."""
@@ -272,6 +302,21 @@ class Family(ABC):
         return "crop" if getattr(images, "do_center_crop", False) else "stretch"
 
     # -- a request's images ----------------------------------------------------------------
+
+    def as_tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs with `tables` as tensors of integers, lists beside the other inputs.
+
+        Raises:
+            PromptError: one holds no whole numbers.
+        """
+        result = dict(inputs)
+        given = [inputs.get(name) for name in ("input_ids", *self.pixel_inputs)]
+        device = next((one.device for one in given if isinstance(one, Tensor)), None)
+        for name in self.tables:
+            if (value := result.get(name)) is not None:
+                table = whole_numbers(name, value)
+                result[name] = table if isinstance(value, Tensor) else table.to(device)
+        return result
 
     @abstractmethod
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
@@ -337,6 +382,59 @@ class Family(ABC):
             features: one tensor [T_i, D] per image or video.
             kinds: of each.
         """
+
+
+def pixels_of(inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    """An input that holds pictures; None where there are none.
+
+    Raises:
+        PromptError: it is no tensor.
+    """
+    pixels = inputs.get(name)
+    if pixels is not None and not isinstance(pixels, Tensor):
+        raise PromptError(
+            f"{name}: expected a tensor, got {type(pixels).__name__}. Give what the processor "
+            "returns with return_tensors='pt'."
+        )
+    return pixels
+
+
+def whole_numbers(name: str, value: Any) -> Tensor:
+    """Whole numbers about pictures as a tensor.
+
+    Args:
+        name: of the input, for the message.
+        value: a tensor, array, or nested sequence of numbers.
+
+    Returns:
+        A tensor of integers; a tensor of integers is returned itself.
+
+    Raises:
+        PromptError: something else, or fractions.
+
+    Example:
+        >>> whole_numbers("image_sizes", [[22, 61], [70, 70]]).tolist()
+        [[22, 61], [70, 70]]
+    """
+    if isinstance(value, Tensor):
+        table = value
+    else:
+        try:
+            rows = [row.tolist() if hasattr(row, "tolist") else row for row in value]
+            table = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise PromptError(
+                f"{name}: expected a tensor or nested lists of whole numbers, got {value!r}. Give "
+                "what the processor returns."
+            ) from error
+    if not table.is_floating_point():
+        return table
+    if not bool((table == table.round()).all()):
+        raise PromptError(
+            f"{name}: must hold whole numbers, got {table.tolist()}. Give what the processor "
+            "returns."
+        )
+    return table.to(torch.int64)
 
 
 def padded_stack(rows: Sequence[Tensor]) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mmlm_efficient.errors import PromptError
-from mmlm_efficient.families.base import Fit, Visual
+from mmlm_efficient.families.base import Fit, Visual, pixels_of
 from mmlm_efficient.families.llava_like import LlavaLike
 from mmlm_efficient.tokens import TokenPlaces
 
@@ -46,7 +47,7 @@ class Llava(LlavaLike):
 
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
         """Every picture of pixel_values [n, 3, H, W] is one grid."""
-        pixels = inputs.get("pixel_values")
+        pixels = pixels_of(inputs, "pixel_values")
         if pixels is None:
             return ()
         if pixels.ndim != 4:
@@ -56,6 +57,10 @@ class Llava(LlavaLike):
             )
         grid = self.grid(pixels)
         return (Visual("image", (grid,), TokenPlaces.grid(*grid)),) * len(pixels)
+
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Every picture is its one crop."""
+        return list(torch.split(self.crops(inputs, visuals), 1))
 
     def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
         """The pictures themselves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -111,14 +110,9 @@ class LlavaLike(Family):
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         }
 
-    @abstractmethod
     def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
         """Pixel values [n, 3, H, W] of all tower runs, in order."""
-
-    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        """The pixels of every image's crops."""
-        counts = [visual.n_crops for visual in visuals]
-        return list(torch.split(self.crops(inputs, visuals), counts))
+        return torch.cat(self.crop_pixels(inputs, visuals))
 
     def run_tower(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The tower's hidden states at the feature layer, before CLS is dropped."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
-from mmlm_efficient.families.base import Visual
+from mmlm_efficient.families.base import Visual, pixels_of
 from mmlm_efficient.families.llava_like import LlavaLike
 
 
@@ -29,6 +28,7 @@ class LlavaNext(LlavaLike):
     )
     tiles: ClassVar[bool] = True
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    tables: ClassVar[tuple[str, ...]] = ("image_sizes",)
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -36,7 +36,7 @@ class LlavaNext(LlavaLike):
 
     def visuals(self, inputs: Mapping[str, Any]) -> tuple[Visual, ...]:
         """One per row of image_sizes [n, 2] (height, width)."""
-        pixels = inputs.get("pixel_values")
+        pixels = pixels_of(inputs, "pixel_values")
         if pixels is None:
             return ()
         sizes = sizes_of(inputs)
@@ -59,9 +59,9 @@ class LlavaNext(LlavaLike):
         places = anyres_places(pack, count, self.config_grid, exact=True)
         return Visual("image", (self.config_grid,) * count, places, size)
 
-    def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
-        """The crops of all images, without the padding between images of different counts."""
-        return torch.cat(crops_of(inputs["pixel_values"], [visual.n_crops for visual in visuals]))
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The crops of every image, without the padding between images of different counts."""
+        return crops_of(inputs["pixel_values"], [visual.n_crops for visual in visuals])
 
     def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The model's own ``get_image_features``."""

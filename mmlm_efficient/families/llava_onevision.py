@@ -17,7 +17,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 
 from mmlm_efficient.errors import PromptError
 from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
-from mmlm_efficient.families.base import Kind, Visual
+from mmlm_efficient.families.base import Kind, Visual, pixels_of, whole_numbers
 from mmlm_efficient.families.frames import FrameProcessor, SquareFrames
 from mmlm_efficient.families.llava_like import LlavaLike
 from mmlm_efficient.tokens import TokenPlaces
@@ -41,6 +41,7 @@ class LlavaOnevision(LlavaLike):
         "pixel_values_videos",
         "image_sizes_videos",
     )
+    tables: ClassVar[tuple[str, ...]] = ("image_sizes", "batch_num_images")
     packs_pruned: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
@@ -68,24 +69,30 @@ class LlavaOnevision(LlavaLike):
         return (*self._images(inputs), *self._videos(inputs))
 
     def _images(self, inputs: Mapping[str, Any]) -> list[Visual]:
-        pixels = inputs.get("pixel_values")
+        pixels = pixels_of(inputs, "pixel_values")
         if pixels is None:
             return []
         sizes = sizes_of(inputs)
         tiled, per_prompt = [True] * len(sizes), inputs.get("batch_num_images")
         if per_prompt is not None:
             # Only a picture that is alone in its prompt is cut into tiles.
-            tiled = [n == 1 for n in per_prompt.tolist() for _ in range(int(n))]
+            counts = whole_numbers("batch_num_images", per_prompt)
+            if counts.ndim != 1:
+                raise PromptError(
+                    "batch_num_images: expected [n_prompts], images of each prompt, got shape "
+                    f"{list(counts.shape)}. Give what the processor returns."
+                )
+            tiled = [n == 1 for n in counts.tolist() for _ in range(n)]
         if len(tiled) != len(sizes):
             raise PromptError(
                 f"batch_num_images adds up to {len(tiled)} image(s), but image_sizes has "
                 f"{len(sizes)}. Give what the processor returns."
             )
-        counts = [
+        crops = [
             self._n_crops(size) if tiles else 1 for size, tiles in zip(sizes, tiled, strict=True)
         ]
-        check_crops(pixels, counts)
-        return [self._image(count, size) for count, size in zip(counts, sizes, strict=True)]
+        check_crops(pixels, crops)
+        return [self._image(count, size) for count, size in zip(crops, sizes, strict=True)]
 
     def _n_crops(self, size: tuple[int, int]) -> int:
         config = self.model.config
@@ -103,7 +110,7 @@ class LlavaOnevision(LlavaLike):
         return Visual("image", (self.config_grid,) * count, places, size)
 
     def _videos(self, inputs: Mapping[str, Any]) -> list[Visual]:
-        pixels = inputs.get("pixel_values_videos")
+        pixels = pixels_of(inputs, "pixel_values_videos")
         if pixels is None:
             return []
         if pixels.ndim != 5:
@@ -129,16 +136,16 @@ class LlavaOnevision(LlavaLike):
         )
         return [Visual("video", (self.config_grid,) * frames, places)] * len(pixels)
 
-    def crops(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> Tensor:
-        """The crops of all images, then the frames of all videos."""
+    def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The crops of every image, then the frames of every video."""
         pixels, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
-        parts = []
+        parts: list[Tensor] = []
         if pixels is not None:
             counts = [visual.n_crops for visual in visuals if visual.kind == "image"]
             parts.extend(crops_of(pixels, counts))
         if videos is not None:
-            parts.append(videos.flatten(0, 1))
-        return torch.cat(parts)
+            parts.extend(videos)
+        return parts
 
     def stock_features(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The model's own ``get_image_features`` and ``get_video_features``."""

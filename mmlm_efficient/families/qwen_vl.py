@@ -17,7 +17,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmlm_efficient.errors import PromptError
-from mmlm_efficient.families.base import DecoderParts, Family, Kind, Visual
+from mmlm_efficient.families.base import (
+    DecoderParts,
+    Family,
+    Kind,
+    Visual,
+    pixels_of,
+    whole_numbers,
+)
 from mmlm_efficient.families.frames import FrameProcessor, PatchFrames
 from mmlm_efficient.families.llava_like import decoder_parts
 from mmlm_efficient.families.packed import PackedTowerParts, packed_tower_parts
@@ -32,6 +39,7 @@ class Qwen2VL(Family):
     describes: ClassVar[str] = "Qwen2VLForConditionalGeneration"
     pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     consumed: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    tables: ClassVar[tuple[str, ...]] = ("image_grid_thw", "video_grid_thw")
     merges_patches: ClassVar[bool] = True
     axes: ClassVar[bool] = True
 
@@ -89,9 +97,10 @@ class Qwen2VL(Family):
     def _of_kind(
         self, kind: Kind, inputs: Mapping[str, Any], pixels_name: str, grid_name: str
     ) -> list[Visual]:
-        pixels, grids = inputs.get(pixels_name), inputs.get(grid_name)
+        pixels, given = pixels_of(inputs, pixels_name), inputs.get(grid_name)
         if pixels is None:
             return []
+        grids = None if given is None else whole_numbers(grid_name, given)
         config = self.model.config.vision_config
         side, patch = int(config.spatial_merge_size), int(config.patch_size)
         width = int(config.in_channels) * int(config.temporal_patch_size) * patch**2
@@ -106,20 +115,24 @@ class Qwen2VL(Family):
                 f"{grid_name}: expected [n, 3] (temporal steps, rows, columns) beside "
                 f"{pixels_name}, got {shape}. Give what the processor returns."
             )
-        total = int(grids.prod(dim=-1).sum())
+        sizes = grids.tolist()
+        if any(length < 1 for size in sizes for length in size):
+            raise PromptError(
+                f"{grid_name} {sizes}: steps, rows and columns must be at least 1. Give what the "
+                "processor returns."
+            )
+        total = sum(steps * rows * cols for steps, rows, cols in sizes)
         if len(pixels) != total:
             raise PromptError(
-                f"{pixels_name} holds {len(pixels)} patches, but {grid_name} {grids.tolist()} "
-                f"asks for {total}. Give what the processor returns."
+                f"{pixels_name} holds {len(pixels)} patches, but {grid_name} {sizes} asks for "
+                f"{total}. Give what the processor returns."
             )
-        if bool((grids[:, 1:] % side != 0).any()):
+        if any(rows % side or cols % side for _, rows, cols in sizes):
             raise PromptError(
-                f"{grid_name} {grids.tolist()}: rows and columns must be multiples of {side}, "
-                "which is what the tower merges. Give what the processor returns."
+                f"{grid_name} {sizes}: rows and columns must be multiples of {side}, which is "
+                "what the tower merges. Give what the processor returns."
             )
-        return [
-            _visual(kind, steps, rows // side, cols // side) for steps, rows, cols in grids.tolist()
-        ]
+        return [_visual(kind, steps, rows // side, cols // side) for steps, rows, cols in sizes]
 
     def crop_pixels(self, inputs: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The picture of every temporal step [steps, 3, H, W], put together from its patches."""

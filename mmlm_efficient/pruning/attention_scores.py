@@ -17,6 +17,11 @@ from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
 
+# Attention weights held at a time where several images could share a step: 64 MiB, and of
+# single rows 16 MiB.
+_MOST_WEIGHTS = 2**24
+_MOST_ROW_WEIGHTS = 2**22
+
 
 def float_products(equation: str, left: Tensor, right: Tensor) -> Tensor:
     """``torch.einsum`` of two tensors in float32, also where autocast would make it half precision.
@@ -66,8 +71,8 @@ def mean_received(
 ) -> Tensor:
     """Attention that each token receives: the mean over queries and heads.
 
-    The ranking of towers without CLS. Queries are taken in chunks, so that at most
-    [B, h, chunk, L] weights are held.
+    The ranking of towers without CLS. Queries are taken in chunks, and images in groups, so that
+    at most [h, chunk, L] weights are held, or 64 MiB where those of several images are less.
 
     Args:
         query: [B, L, h, d]; key: [B, L, h, d].
@@ -83,6 +88,23 @@ def mean_received(
     """
     if chunk < 1:
         raise SettingsError(f"chunk must be an integer >= 1 (queries at a time), got {chunk}")
+    n_tokens, heads = query.shape[1:3]
+    together = max(1, _MOST_WEIGHTS // (heads * min(chunk, n_tokens) * n_tokens))
+    groups = [
+        _received(
+            query[first : first + together],
+            key[first : first + together],
+            scale,
+            None if valid is None else valid[first : first + together],
+            chunk,
+        )
+        for first in range(0, len(query), together)
+    ]
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def _received(query: Tensor, key: Tensor, scale: float, valid: Tensor | None, chunk: int) -> Tensor:
+    """`mean_received` of images whose weights fit together."""
     n_images, n_tokens = query.shape[:2]
     total = torch.zeros(n_images, n_tokens, dtype=torch.float32, device=query.device)
     visible = None if valid is None else valid[:, None, None, :]
@@ -97,26 +119,61 @@ def mean_received(
     return total / valid.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def head_mean_map(query: Tensor, key: Tensor, scale: float, valid: Tensor | None) -> Tensor:
-    """Head-averaged attention map, accumulated head by head.
+def token_map(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    lead: int = 0,
+    unit: int = 1,
+    chunk: int | None = None,
+) -> Tensor:
+    """Head-averaged attention among the tokens that a tower makes of its patches.
+
+    Rows are taken in chunks and head by head; what several patches become one token is averaged
+    chunk by chunk, so that beside the result only [B, chunk, L] weights are held, never a map of
+    patches.
 
     Args:
-        query: [B, L, h, d]; key: [B, L, h, d].
+        query: [B, L, h, d]; key: [B, L, h, d]; no padding.
         scale: factor on the dot products, such as d ** -0.5.
-        valid: bool [B, L], False on padding, whose rows and columns are 0; or None.
+        lead: leading tokens (CLS) that take part in the softmax and are then left out.
+        unit: consecutive patches that become one token; L - lead is a multiple of it.
+        chunk: rows at a time, at least 1, rounded up to whole tokens; None bounds the weights
+            held to 16 MiB. It does not change the result.
 
     Returns:
-        float32 [B, L, L], queries by keys; the rows of tokens sum to 1.
+        float32 [B, N, N] of N = (L - lead) / unit tokens, queries by keys; rows sum to 1 (again).
+
+    Raises:
+        SettingsError: chunk is below 1.
 
     Example:
-        >>> head_mean_map(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0.5, None).tolist()
+        >>> token_map(torch.ones(1, 4, 3, 4), torch.ones(1, 4, 3, 4), 0.5, unit=2).tolist()
         [[[0.5, 0.5], [0.5, 0.5]]]
     """
-    n_images, n_tokens, heads = query.shape[:3]
-    total = torch.zeros(n_images, n_tokens, n_tokens, dtype=torch.float32, device=query.device)
-    visible = None if valid is None else valid[:, None, :]
-    for head in range(heads):
-        logits = float_products("bqd,bld->bql", query[:, :, head], key[:, :, head]) * scale
-        total += _masked_softmax(logits, visible)
-    total /= heads
-    return total if valid is None else total.masked_fill(~valid.unsqueeze(-1), 0.0)
+    if chunk is not None and chunk < 1:
+        raise SettingsError(f"chunk must be an integer >= 1 (rows at a time), got {chunk}")
+    n_images, length, heads = query.shape[:3]
+    n_tokens = (length - lead) // unit
+    if chunk is None:
+        chunk = max(1, _MOST_ROW_WEIGHTS // (n_images * length))
+    step = -(-chunk // unit)  # tokens at a time
+    result = torch.empty(n_images, n_tokens, n_tokens, dtype=torch.float32, device=query.device)
+    for first in range(0, n_tokens, step):
+        rows = slice(lead + first * unit, lead + min(first + step, n_tokens) * unit)
+        total: Tensor | None = None
+        for head in range(heads):
+            logits = float_products("bqd,bld->bql", query[:, rows, head], key[:, :, head])
+            weights = logits.mul_(scale).softmax(dim=-1)
+            total = weights if total is None else total.add_(weights)
+        if total is None:
+            raise ValueError("a tower has at least one attention head")
+        part = total[..., lead:]
+        if unit > 1:
+            part = part.reshape(n_images, -1, n_tokens, unit).mean(dim=3)
+            part = part.view(n_images, -1, unit, n_tokens).mean(dim=2)
+        share = part.sum(dim=-1, keepdim=True)
+        even = 1.0 / n_tokens  # where all attention went to what was left out
+        result[:, first : first + step] = part.div_(share).masked_fill_(~(share > 0), even)
+    return result

@@ -259,6 +259,18 @@ class PruningMethod(Method):
         """The rule behind cuts inside the language model; that of `positions` unless overridden."""
         return self.positions(axes)
 
+    def check_model(self, identity: Identity) -> None:
+        """Refuse settings that do not fit the model, whatever its images are.
+
+        Called as soon as method and model are known, and again before every request.
+
+        Args:
+            identity: which model it is.
+
+        Raises:
+            SettingsError: they do not fit.
+        """
+
     def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
         """Refuse, before the tower runs, settings that do not fit the model or its images.
 
@@ -278,6 +290,11 @@ class PruningMethod(Method):
     def cuts_tower(self) -> bool:
         """Whether patches are cut while the tower runs, or scored there for a cut behind it."""
         return type(self).tower_pass is not PruningMethod.tower_pass
+
+    @property
+    def keeps_newlines(self) -> bool:
+        """Whether, of an image cut into tiles, newlines of rows that have a token left stay."""
+        return False
 
     @property
     def condenses(self) -> bool:
@@ -331,7 +348,12 @@ class PruningMethod(Method):
         return ()
 
     def observed_layer(self, family: Family) -> int:
-        """The tower layer (0-based) whose attention the method observes."""
+        """The tower layer (0-based) whose attention the method observes.
+
+        Raises:
+            SettingsError: the layer attends to windows of the picture only.
+        """
+        family.check_observed(family.feature_layer, "the feature layer")
         return family.feature_layer
 
     def _checked_selection(self, keep: Any, tokens: VisualTokens, budget: int) -> Tensor:

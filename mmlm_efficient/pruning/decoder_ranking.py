@@ -27,43 +27,47 @@ def prompt_attention(
     """Attention of some prompt tokens to some visual tokens, mean over heads and queries.
 
     Each query's softmax runs over all tokens of the prompt that it sees, so the result need not
-    sum to 1. A sliding window is not looked at: tokens outside of it are rated too.
+    sum to 1. A sliding window is not looked at: tokens outside of it are rated too. Keys and the
+    rows of queries are kept for the prompt's other images (`SampleRows.shared`).
 
     Args:
         rows: queries and keys of one prompt at one layer.
-        queries: int64 [Q] columns of the tokens that ask, at least one.
+        queries: int64 [Q] columns of the tokens that ask, at least one; best on the CPU.
         columns: int64 [V] columns of visual tokens.
         causal: a query sees the tokens up to itself; otherwise all.
 
     Returns:
         float32 [V].
     """
-    keys = rows.keys(rows.columns)
+    asking: list[int] = queries.tolist()
+    known = rows.shared.attention
+    missing = [column for column in asking if (column, causal) not in known]
+    for start in range(0, len(missing), _ROWS):
+        part = missing[start : start + _ROWS]
+        own = torch.tensor(part)
+        visible = rows.columns <= own.to(rows.columns.device).unsqueeze(1) if causal else None
+        weights = query_attention(rows.query(own), rows.prompt_keys(), rows.scaling, visible)
+        known.update(zip([(column, causal) for column in part], weights.unbind(0), strict=True))
     places = torch.searchsorted(rows.columns, columns)
-    total = torch.zeros(len(columns), dtype=torch.float32, device=keys.device)
-    for part in torch.split(queries, _ROWS):
-        visible = rows.columns <= part.unsqueeze(1) if causal else None
-        weights = query_attention(rows.query(part), keys, rows.scaling, visible)
-        total += weights[:, places].sum(dim=0)
-    return total / len(queries)
+    return torch.stack([known[column, causal][places] for column in asking]).mean(dim=0)
 
 
 def last_token_attention(rows: SampleRows, columns: Tensor) -> Tensor:
     """Attention of the last prompt token to an image's tokens, float32 [V]: a `LayerScorer`."""
-    return prompt_attention(rows, torch.tensor([rows.last], device=columns.device), columns)
+    return prompt_attention(rows, torch.tensor([rows.last]), columns)
 
 
-def shares(method: PruningMethod, stock: Sequence[int]) -> tuple[float, ...]:
+def shares(
+    method: PruningMethod, budgets: Sequence[int], stock: Sequence[int]
+) -> tuple[float, ...]:
     """The share of its unpruned tokens that each image's budget is, in (0, 1].
 
     Args:
         method: the settings; a ratio is taken as it is.
+        budgets: `method.budgets(stock)`, which tells of a budget that prunes nothing.
         stock: tokens of each image before anything was pruned.
-
-    Raises:
-        SettingsError: a tuple of budgets does not fit the images.
     """
-    budgets, ratio = method.budgets(stock), method.keep_ratio
+    ratio = method.keep_ratio
     if ratio is None:
         return tuple(budget / count for budget, count in zip(budgets, stock, strict=True))
     return ratio if isinstance(ratio, tuple) else (ratio,) * len(stock)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from mmlm_efficient.families.base import Identity
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station
 from mmlm_efficient.pruning.decoder_ranking import check_depth, last_token_attention
 from mmlm_efficient.stations.layer_rows import LayerCut
@@ -54,7 +55,10 @@ class FastV(PruningMethod):
         description="first decoder layer (0-based) without the cut tokens, >= 1",
     )
 
+    def check_model(self, identity: Identity) -> None:
+        """Refuse a layer that the language model does not have."""
+        check_depth("layer", [self.layer], identity.decoder_layers)
+
     def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """One cut, of the output of the layer before `layer`."""
-        check_depth("layer", [self.layer], job.n_layers)
         return (LayerCut(self.layer - 1, self.budgets(job.stock), last_token_attention),)

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, UnsupportedError
+from mmlm_efficient.families.base import Identity
 from mmlm_efficient.pruning.base import (
     Budget,
     LayerJob,
@@ -26,11 +27,11 @@ from mmlm_efficient.pruning.base import (
     check_per_image,
     checked_counts,
 )
+from mmlm_efficient.pruning.decoder_ranking import check_depth
 from mmlm_efficient.pruning.flowcut_packed import MergeAlignment, PackedFlowCutPass
 from mmlm_efficient.pruning.flowcut_scores import query_scores
 from mmlm_efficient.pruning.flowcut_tower import FlowCutPass
 from mmlm_efficient.stations.layer_rows import LayerCut, SampleRows
-from mmlm_efficient.stations.packed_tower import PackedTowerStation
 
 if TYPE_CHECKING:
     from mmlm_efficient.prepare import LMMParts
@@ -134,9 +135,19 @@ class FlowCut(PruningMethod):
         return self
 
     @property
+    def keeps_newlines(self) -> bool:
+        """As `keep_newlines` says."""
+        return self.keep_newlines
+
+    @property
     def owned_stations(self) -> tuple[Station, ...]:
         """The tower, and the decoder layer when stage B is on."""
         return ("tower",) if self.llm_prune_layer is None else ("tower", "layer")
+
+    def check_model(self, identity: Identity) -> None:
+        """Refuse a layer of stage B that the language model does not have."""
+        if self.llm_prune_layer is not None:
+            check_depth("llm_prune_layer", [self.llm_prune_layer], identity.decoder_layers)
 
     def tower_pass(self, job: TowerJob) -> FlowCutPass:
         """Stage A."""
@@ -147,14 +158,9 @@ class FlowCut(PruningMethod):
     def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """Stage B."""
         layer, keep = self.llm_prune_layer, self.llm_keep_tokens
-        n_images, n_layers = len(job.tokens), job.n_layers
+        n_images = len(job.tokens)
         if layer is None or keep is None:
             return ()
-        if layer >= n_layers:
-            raise SettingsError(
-                f"llm_prune_layer={layer}, but the language model has {n_layers} layers: "
-                f"give 0 to {n_layers - 1}"
-            )
         check_per_image("llm_keep_tokens", keep, n_images)
         targets = keep if isinstance(keep, tuple) else (keep,) * n_images
         return (LayerCut(layer, targets, last_token_score),)
@@ -217,7 +223,7 @@ def calibrate_static_schedule(
             has_cls=family.tower.has_cls,
         ),
     )
-    if isinstance(parts.tower, PackedTowerStation):
+    if family.merges_patches:
         raise UnsupportedError(
             "a static schedule is calibrated for towers of one picture size: LLaVA models"
         )

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from mmlm_efficient.pruning.attention_scores import head_mean_map, mean_received
+from mmlm_efficient.pruning.attention_scores import mean_received, token_map
 from mmlm_efficient.pruning.flowcut_scores import relay_weights
 from mmlm_efficient.stations.tower import TowerPass, TowerRows
 
@@ -88,29 +87,31 @@ class ObservePass(TowerPass):
 
     def observe(self, rows: TowerRows) -> None:
         """Compute what was asked for, for every tower run of the batch."""
-        lead = int(rows.has_cls)
         shape = (*rows.query.shape[:2], rows.heads, -1)
         query, key = rows.query.view(shape), rows.key.view(shape)
+        if rows.lengths is None:
+            self._look(query, key, int(rows.has_cls))
+            return
+        # Runs of different lengths one by one: padded maps would be of the longest one squared.
+        for run, length in enumerate(rows.lengths):
+            own = (slice(run, run + 1), slice(length))
+            self._look(query[own], key[own], int(rows.has_cls))
+
+    def _look(self, query: Tensor, key: Tensor, lead: int) -> None:
+        """Tower runs of one length, queries and keys [B, L, h, d], CLS first if lead is 1."""
         scale = key.shape[-1] ** -0.5
         relay = keys = maps = None
-        if "relay" in self.sights and rows.has_cls:
-            relay = relay_weights(query[:, 0], key, scale, rows.valid)[:, 1:]
+        if "relay" in self.sights and lead:
+            relay = self._merged(relay_weights(query[:, 0], key, scale, None)[:, 1:])
         elif "relay" in self.sights:
-            relay = mean_received(query, key, scale, rows.valid)
+            relay = self._merged(mean_received(query, key, scale, None))
         if "keys" in self.sights:
-            keys = key[:, lead:].float().mean(dim=2)
+            keys = self._merged(key[:, lead:].float().mean(dim=2))
         if "map" in self.sights:
-            maps = head_mean_map(query, key, scale, rows.valid)[:, lead:, lead:]
-        for image in range(len(query)):
-            length = shape[1] - lead
-            if rows.valid is not None:
-                length = int(rows.valid[image].sum()) - lead
+            maps = token_map(query, key, scale, lead=lead, unit=self.unit)
+        for run in range(len(query)):
             self.seen.append(
-                Observed(
-                    None if relay is None else self._merged(relay[image, :length]),
-                    None if keys is None else self._merged(keys[image, :length]),
-                    None if maps is None else self._square(maps[image, :length, :length]),
-                )
+                Observed(*(None if part is None else part[run] for part in (relay, keys, maps)))
             )
 
     def cut(self, layer: int) -> Sequence[Tensor] | None:
@@ -118,15 +119,7 @@ class ObservePass(TowerPass):
         return None
 
     def _merged(self, values: Tensor) -> Tensor:
-        """Means over the patches of each token."""
+        """Means over the patches of each token, of values [B, L, ..]."""
         if self.unit == 1:
             return values
-        return values.reshape(-1, self.unit, *values.shape[1:]).mean(dim=1)
-
-    def _square(self, attention: Tensor) -> Tensor:
-        """The map between tokens, rows summing to 1 again after CLS left."""
-        if self.unit > 1:
-            attention = self._merged(self._merged(attention).T).T
-        total = attention.sum(dim=-1, keepdim=True)
-        even = torch.full_like(attention, 1.0 / attention.shape[-1])
-        return torch.where(total > 0, attention / total, even)
+        return values.reshape(len(values), -1, self.unit, *values.shape[2:]).mean(dim=2)

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 from pydantic import Field, StrictInt, model_validator
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.families.base import Identity
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station
 from mmlm_efficient.pruning.decoder_ranking import (
     check_ascending,
@@ -65,13 +66,22 @@ class PyramidDrop(PruningMethod):
             check_ascending("stage_layers", self.stage_layers, lowest=1)
         return self
 
-    def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
-        """One cut in front of each stage's layer."""
+    def check_model(self, identity: Identity) -> None:
+        """Refuse stage layers that the language model does not have."""
+        self._stages(identity.decoder_layers)
+
+    def _stages(self, n_layers: int) -> tuple[int, ...]:
+        """Layers whose input is cut."""
         stages = self.stage_layers
         if stages is None:
-            stages = default_stages(job.n_layers)
-        check_depth("stage_layers", stages, job.n_layers)
-        images = zip(job.stock, self.budgets(job.stock), shares(self, job.stock), strict=True)
+            stages = default_stages(n_layers)
+        check_depth("stage_layers", stages, n_layers)
+        return stages
+
+    def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
+        """One cut in front of each stage's layer."""
+        stages, budgets = self._stages(job.n_layers), self.budgets(job.stock)
+        images = zip(job.stock, budgets, shares(self, budgets, job.stock), strict=True)
         counts = [stage_counts(*image, len(stages)) for image in images]
         return tuple(
             LayerCut(layer - 1, targets, last_token_attention, lookahead=True)

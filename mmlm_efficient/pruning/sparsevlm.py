@@ -16,6 +16,8 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.families.base import Identity
+from mmlm_efficient.groups import on_cpu
 from mmlm_efficient.pruning import sparsevlm_scores
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station, checked_counts
 from mmlm_efficient.pruning.decoder_ranking import (
@@ -115,15 +117,23 @@ class SparseVLM(PruningMethod):
             return [self.stage_keep_tokens] * len(stock)
         return [
             tuple(max(1, round(n_tokens * stage)) for stage in schedule(share))
-            for n_tokens, share in zip(stock, shares(self, stock), strict=True)
+            for n_tokens, share in zip(stock, shares(self, self.budgets(stock), stock), strict=True)
         ]
+
+    def check_model(self, identity: Identity) -> None:
+        """Refuse layers that the language model does not have."""
+        self._layers(identity.decoder_layers)
+
+    def _layers(self, n_layers: int) -> tuple[int, ...]:
+        """Layers whose output is cut."""
+        layers = self.cut_layers
+        if layers is None:
+            layers = sparsevlm_scores.cut_layers(n_layers)
+        check_depth("cut_layers", layers, n_layers)
+        return layers
 
     def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """Three cuts."""
-        layers = self.cut_layers
-        if layers is None:
-            layers = sparsevlm_scores.cut_layers(job.n_layers)
-        check_depth("cut_layers", layers, job.n_layers)
         return tuple(
             LayerCut(
                 layer,
@@ -133,7 +143,9 @@ class SparseVLM(PruningMethod):
                 recycler=recycled if self.recycle else None,
             )
             for layer, targets in zip(
-                layers, zip(*self.stage_counts(job.stock), strict=True), strict=True
+                self._layers(job.n_layers),
+                zip(*self.stage_counts(job.stock), strict=True),
+                strict=True,
             )
         )
 
@@ -146,15 +158,23 @@ def rater_attention(rows: SampleRows, columns: Tensor) -> Tensor:
     Raises:
         PromptError: the prompt has no text.
     """
-    behind = rows.uncut_text >= rows.uncut.stop
-    follows = bool(behind.any())
-    if not follows:
-        behind = torch.ones_like(behind)
-    visual = torch.arange(rows.uncut.start, rows.uncut.stop, device=columns.device)
     # The same at every cut: neither the decoder's input nor the text changes.
+    if "raters" not in rows.memory:
+        rows.memory["raters"] = _raters(rows)
+    raters, follows = rows.memory["raters"]
+    return prompt_attention(rows, rows.text[raters], columns, causal=follows)
+
+
+def _raters(rows: SampleRows) -> tuple[Tensor, bool]:
+    """Which text tokens rate an image, int64 positions on the CPU, and whether they stand behind
+    it."""
+    behind = (rows.uncut_text >= rows.uncut.stop).nonzero().squeeze(1)
+    follows = len(behind) > 0
+    if not follows:
+        behind = torch.arange(len(rows.uncut_text))
+    visual = torch.arange(rows.uncut.start, rows.uncut.stop)
     raters = rater_columns(rows.embeddings(rows.uncut_text[behind]), rows.embeddings(visual))
-    queries = rows.text[behind][raters.to(columns.device)]
-    return prompt_attention(rows, queries, columns, causal=follows)
+    return behind[raters.to("cpu")], follows
 
 
 def recycled(scores: Tensor, keep: Tensor, hidden: Tensor) -> list[Tensor]:
@@ -164,10 +184,9 @@ def recycled(scores: Tensor, keep: Tensor, hidden: Tensor) -> list[Tensor]:
     dropped = is_dropped.nonzero().squeeze(1)
     rows = dropped.to(hidden.device)
     plan = recycle_plan(scores[dropped.to(scores.device)].to(hidden.device), hidden[rows])
-    positions, assignment = plan.positions.to("cpu"), plan.assignment.to("cpu")
-    groups = []
-    for number, centre in enumerate(plan.centres.to("cpu")):
-        members = positions[assignment == number]
-        others = members[members != centre]
-        groups.append(dropped[torch.cat([centre.unsqueeze(0), others])])
-    return groups
+    positions, centres, assignment = on_cpu(plan.positions, plan.centres, plan.assignment)
+    # By cluster, its centre in front.
+    is_other = ~torch.isin(positions, centres)
+    order = torch.sort(2 * assignment + is_other, stable=True).indices
+    sizes = torch.bincount(assignment, minlength=len(centres)).tolist()
+    return list(torch.split(dropped[positions[order]], sizes)) if sizes else []

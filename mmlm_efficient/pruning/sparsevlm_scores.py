@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mmlm_efficient.errors import PromptError, SettingsError
+from mmlm_efficient.groups import group_members, group_sums
 from mmlm_efficient.pruning.attention_scores import float_products
-from mmlm_efficient.pruning.visionzip import group_members, group_sums
 from mmlm_efficient.tokens import top_positions
 
 _PATCHES = 576
@@ -175,8 +175,8 @@ def merged_features(hidden: Tensor, plan: Clusters) -> Tensor:
     """
     if len(plan.centres) == 0:
         return hidden[:0]
-    sums, counts = group_sums(hidden[plan.positions], plan.assignment, len(plan.centres))
-    return (sums / (counts + 1e-6)).to(hidden.dtype)
+    sums, sizes = group_sums(hidden[plan.positions], plan.assignment, len(plan.centres))
+    return (sums / (sizes.unsqueeze(1) + 1e-6)).to(hidden.dtype)
 
 
 def schedule(keep_ratio: float) -> tuple[float, float, float]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import Family, Identity
+from mmlm_efficient.groups import group_sums
 from mmlm_efficient.pruning.base import (
     LayerJob,
     PruningMethod,
@@ -50,12 +51,14 @@ from mmlm_efficient.pruning.vflowopt_profiles import (
     warn_untuned,
 )
 from mmlm_efficient.pruning.vflowopt_scores import (
+    Anchors,
     anchors,
-    importance,
     patch_entropy,
     received_attention,
     recovered_pixels,
     released_entropy,
+    relevance,
+    with_entropy,
 )
 from mmlm_efficient.stations.layer_rows import LayerCut
 from mmlm_efficient.tokens import VisualTokens
@@ -182,16 +185,11 @@ class VFlowOpt(PruningMethod):
         """The tower layer whose attention gives the importance.
 
         Raises:
-            SettingsError: the tower has no such layer.
+            SettingsError: the tower has no such layer, or it attends to windows only.
         """
-        depth = len(family.tower.layers)
         if self.attention_layer is None:
-            return family.feature_layer
-        if self.attention_layer >= depth:
-            raise SettingsError(
-                f"attention_layer={self.attention_layer}, but the vision tower has {depth} "
-                f"layers: give 0 to {depth - 1}"
-            )
+            return super().observed_layer(family)
+        family.check_observed(self.attention_layer, "attention_layer")
         return self.attention_layer
 
     # -- the schedule ----------------------------------------------------------------------
@@ -273,7 +271,8 @@ class VFlowOpt(PruningMethod):
         _, schedule = self.schedule(scene.identity, tokens.image, len(tokens))
         if all(ratio >= 1.0 for ratio in schedule.stage_keep_ratios):
             return tokens
-        scores = self.importance_of(scene, schedule).to(tokens.features.device)
+        found = _anchors(scene, schedule)
+        scores = self.importance_of(scene, schedule, found).to(tokens.features.device)
         places = tokens.places
         newline = places.newline.to(scores.device)
         plan = stage_zero(
@@ -287,7 +286,7 @@ class VFlowOpt(PruningMethod):
             exact_budget=schedule.exact_budget,
         )
         ranks = scores.masked_fill(newline, torch.inf)
-        notes = {**_anchor_notes(scene, schedule), "recycled_tokens": plan.n_cells}
+        notes = {**_anchor_notes(found), "recycled_tokens": plan.n_cells}
         if plan.is_identity:
             return replace(tokens, scores=ranks, notes=notes)
         merged = plan.n_cells > 0
@@ -315,16 +314,32 @@ class VFlowOpt(PruningMethod):
         keep = round(len(tokens) * schedule.stage_keep_ratios[0]) - int(places.newline.sum())
         return fitting_grid(grid, shapes, keep)
 
-    def importance_of(self, scene: Scene, schedule: Schedule) -> Tensor:
-        """Importance float32 [L] of an image's packed tokens, 1 on newlines."""
-        maps = _maps(scene)
+    def importance_of(
+        self, scene: Scene, schedule: Schedule, found: Sequence[Anchors] | None = None
+    ) -> Tensor:
+        """Importance float32 [L] of an image's packed tokens, 1 on newlines.
+
+        Args:
+            scene: what is known of the image.
+            schedule: the threshold and the weight of the entropy.
+            found: anchors of each crop, where they are known already.
+        """
+        if found is None:
+            found = _anchors(scene, schedule)
+        # Crop by crop: a stack would be a copy of all maps.
+        per_crop = torch.stack(
+            [
+                relevance(attention, schedule.anchor_threshold, own)
+                for attention, own in zip(_maps(scene), found, strict=True)
+            ]
+        )
         entropy = None
         if schedule.entropy_weight != 0.0:
             key = f"entropy {self.entropy_mode}"
             if key not in scene.cache:
-                scene.cache[key] = self._entropy(scene).to(maps.device)
+                scene.cache[key] = self._entropy(scene).to(per_crop.device)
             entropy = scene.cache[key]
-        per_crop = importance(maps, schedule.anchor_threshold, schedule.entropy_weight, entropy)
+        per_crop = with_entropy(per_crop, schedule.entropy_weight, entropy)
         return scene.pack(per_crop.unsqueeze(-1), 1.0).squeeze(-1)
 
     def _entropy(self, scene: Scene) -> Tensor:
@@ -345,7 +360,7 @@ class VFlowOpt(PruningMethod):
         """By what the later stages rank: a merged token like its carrier, or like its cell."""
         if not self.protect_recycled or plan.n_cells == 0:
             return ranks
-        totals = ranks.new_zeros(plan.n_cells).index_add(0, plan.cell, ranks[plan.members])
+        totals = group_sums(ranks[plan.members], plan.cell, plan.n_cells)[0]
         return ranks.index_copy(0, plan.carriers, totals)
 
     # -- stages 1 and 2 --------------------------------------------------------------------
@@ -392,15 +407,24 @@ class VFlowOpt(PruningMethod):
         return layers, ratios
 
 
-def _maps(scene: Scene) -> Tensor:
-    """Head-mean attention maps [C, N, N] of the image's crops."""
-    return torch.stack([one.map for one in scene.observed if one.map is not None])
+def _maps(scene: Scene) -> list[Tensor]:
+    """Head-mean attention maps [N, N] of the image's crops."""
+    return [one.map for one in scene.observed if one.map is not None]
 
 
-def _anchor_notes(scene: Scene, schedule: Schedule) -> dict[str, Any]:
+def _anchors(scene: Scene, schedule: Schedule) -> list[Anchors]:
+    """The anchors of each crop."""
+    return [
+        anchors(received_attention(attention), schedule.anchor_threshold)
+        for attention in _maps(scene)
+    ]
+
+
+def _anchor_notes(found: Sequence[Anchors]) -> dict[str, Any]:
     """How many anchors each crop had, and whether one had none of its own."""
-    found = anchors(received_attention(_maps(scene)), schedule.anchor_threshold)
+    counts = torch.stack([one.mask.sum() for one in found])
+    fallback = torch.stack([one.fallback for one in found])
     return {
-        "anchors_per_crop": tuple(found.mask.sum(dim=-1).tolist()),
-        "anchor_fallback": bool(found.fallback.any()),
+        "anchors_per_crop": tuple(counts.tolist()),
+        "anchor_fallback": bool(fallback.any()),
     }

@@ -11,6 +11,7 @@ decoder layers before stage 1, between the stages and after stage 2.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.groups import group_members, group_sums, on_cpu
+
+logger = logging.getLogger("mmlm_efficient.pruning")
 
 Segments = tuple[int, int, int]
 
@@ -26,6 +30,8 @@ Segments = tuple[int, int, int]
 _LEAST_LAST = 1e-6
 # Room for rounding when a ratio is compared with a bound.
 _SLACK = 1e-9
+# How far cells may move stage 0 off its budget without a word: a share of it, and tokens.
+_MISS, _MISS_TOKENS = 0.1, 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ def stage_zero(
 ) -> StageZero:
     """Plan stage 0 of one image. Waits for the device to count the cells.
 
+    Where cells move the number of tokens by more than a tenth of the budget, it says so in the log.
+
     Args:
         importance: [L], finite.
         keep_ratio: nominal kept fraction. Where it drops no token, as 1 does, none is merged
@@ -130,13 +138,14 @@ def stage_zero(
     n_low = min(n_tokens, n_drop + n_rec)
     key = _cell_keys(source, row, col, grid_size)
     if exact_budget:
-        n_low = _exact_low(key[order], n_low, target, grid_size)
+        n_low = _exact_low(key[order], n_low, target, grid_size, source)
     plain, members = order[: n_tokens - n_low], order[n_tokens - n_low :].sort().values
     numbers, cell = torch.unique(key[members], return_inverse=True)
     rank = torch.empty_like(places).index_copy_(0, order, places)
     best = rank.new_full((len(numbers),), n_tokens)
     carriers = order[best.scatter_reduce_(0, cell, rank[members], "amin")]
     kept = torch.cat([plain, carriers]).sort().values
+    _warn_missed(len(kept), target, n_tokens, grid_size)
     return StageZero(kept, carriers, members, cell, n_tokens, n_drop, n_rec, n_low)
 
 
@@ -171,14 +180,10 @@ def recycle(features: Tensor, importance: Tensor, plan: StageZero) -> Tensor:
 
 def members_of(plan: StageZero) -> tuple[tuple[int, ...], ...]:
     """Original positions merged into each kept token; a plain token stands for itself alone."""
-    by_cell = torch.sort(plan.cell, stable=True).indices
-    sizes = torch.bincount(plan.cell, minlength=plan.n_cells).tolist()
-    groups = torch.split(plan.members[by_cell], sizes) if sizes else ()
-    merged = {
-        carrier: tuple(group.tolist())
-        for carrier, group in zip(plan.carriers.tolist(), groups, strict=True)
-    }
-    return tuple(merged.get(position, (position,)) for position in plan.kept.tolist())
+    kept, carriers, members, cell = on_cpu(plan.kept, plan.carriers, plan.members, plan.cell)
+    groups = group_members(members, cell, plan.n_cells)
+    merged = dict(zip(carriers.tolist(), groups, strict=True))
+    return tuple(merged.get(position, (position,)) for position in kept.tolist())
 
 
 def _check_ratio(name: str, ratio: float) -> None:
@@ -226,14 +231,30 @@ def _cell_keys(source: Tensor, row: Tensor, col: Tensor, grid_size: float) -> Te
     return (source * (rows.max() + 1) + rows) * (cols.max() + 1) + cols
 
 
-def _exact_low(ranked_key: Tensor, n_low: int, target: int, grid_size: float) -> int:
+def _warn_missed(n_kept: int, target: int, n_tokens: int, grid_size: float) -> None:
+    """Say that cells moved stage 0 far off its budget."""
+    if abs(n_kept - target) > max(_MISS_TOKENS, _MISS * target):
+        logger.warning(
+            "vflowopt: stage 0 keeps %d of the %d tokens of an image where its ratio asks for %d: "
+            "merging cells of side merge_grid_size=%g do not fit. Set exact_budget=True to keep "
+            "exactly its share, or another merge_grid_size",
+            n_kept,
+            n_tokens,
+            target,
+            grid_size,
+        )
+
+
+def _exact_low(
+    ranked_key: Tensor, n_low: int, target: int, grid_size: float, source: Tensor
+) -> int:
     """How many tokens are merged so that plain tokens and cells are ``target`` together.
 
     Args:
         ranked_key: int64 [L], cell keys, most important token first.
         n_low: the nominal number; the answer is the nearest one in the needed direction.
         target: tokens after stage 0.
-        grid_size: for the message.
+        grid_size, source: for the message.
     """
     n_tokens = len(ranked_key)
     numbers, cell = torch.unique(ranked_key.flip(0), return_inverse=True)
@@ -245,10 +266,20 @@ def _exact_low(ranked_key: Tensor, n_low: int, target: int, grid_size: float) ->
     # What stays falls by 0 or 1 with every token more; the first place is for none merged.
     stays = torch.cat([places[:1] + n_tokens, n_tokens - 1 - places + opened])
     if (least := int(stays[-1])) > target:
-        raise SettingsError(
+        wanted = (
             f"exact_budget: {target} of {n_tokens} tokens are to stay, but merging cells of side "
-            f"{grid_size} leave at least {least}. Raise merge_grid_size or the keep ratio, or "
-            "turn exact_budget off"
+            f"{grid_size} leave at least {least}."
+        )
+        grids = len(torch.unique(source))
+        if grids > target:
+            raise SettingsError(
+                f"{wanted} The image has {grids} grids (overview, tiles, newline columns), and "
+                "each leaves at least one token however large its cells are: raise the keep "
+                "ratio, set merge_grid_size='off' to drop tokens instead of merging them, or "
+                "turn exact_budget off"
+            )
+        raise SettingsError(
+            f"{wanted} Raise merge_grid_size or the keep ratio, or turn exact_budget off"
         )
     first, last = int((stays > target).sum()), int((stays >= target).sum()) - 1
     return min(max(n_low, first), last)
@@ -256,8 +287,7 @@ def _exact_low(ranked_key: Tensor, n_low: int, target: int, grid_size: float) ->
 
 def _cell_sums(values: Tensor, plan: StageZero) -> Tensor:
     """Sums [G, ..] over the members [M, ..] of each cell."""
-    sums = values.new_zeros((plan.n_cells, *values.shape[1:]))
-    return sums.index_add_(0, plan.cell, values)
+    return group_sums(values, plan.cell, plan.n_cells)[0]
 
 
 def _unusable(weight: Tensor, plan: StageZero) -> Tensor:

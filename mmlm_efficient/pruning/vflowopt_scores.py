@@ -82,12 +82,13 @@ def anchors(received: Tensor, threshold: float) -> Anchors:
     return Anchors(mask | (fallback.unsqueeze(-1) & strongest), fallback)
 
 
-def relevance(attention: Tensor, threshold: float) -> Tensor:
+def relevance(attention: Tensor, threshold: float, found: Anchors | None = None) -> Tensor:
     """Attention that each token gets from its crop's anchors, averaged over them.
 
     Args:
         attention: [.., N, N] head-mean softmax attention (query, key); rows sum to 1.
         threshold: see :func:`anchors`; with 0 the result is the received attention.
+        found: the anchors at this threshold, where they are known already.
 
     Returns:
         float32 [.., N], at least 0; sums to 1 per crop.
@@ -96,7 +97,9 @@ def relevance(attention: Tensor, threshold: float) -> Tensor:
         SettingsError: the threshold is negative or not finite.
     """
     attention = attention.float()
-    mask = anchors(received_attention(attention), threshold).mask
+    if found is None:
+        found = anchors(received_attention(attention), threshold)
+    mask = found.mask
     # Not a matrix product: that would become half precision under autocast.
     total = (attention * mask.unsqueeze(-1)).sum(dim=-2)
     return total / mask.sum(dim=-1, keepdim=True)
@@ -177,9 +180,21 @@ def importance(
     Raises:
         SettingsError: a setting is out of range, or the entropies are missing or do not fit.
     """
+    return with_entropy(relevance(attention, threshold), entropy_weight, entropy)
+
+
+def with_entropy(score: Tensor, entropy_weight: float, entropy: Tensor | None = None) -> Tensor:
+    """The importance of tokens whose relevance is known.
+
+    Args:
+        score: float32 [C, N], see :func:`relevance`.
+        entropy_weight, entropy: as in :func:`importance`.
+
+    Raises:
+        SettingsError: the weight is out of range, or the entropies are missing or do not fit.
+    """
     if not -1 <= entropy_weight <= 1:
         raise SettingsError(f"entropy_weight is {entropy_weight}; it must be in [-1, 1]")
-    score = relevance(attention, threshold)
     if entropy_weight == 0:
         return score
     if entropy is None or entropy.shape != score.shape:
@@ -205,7 +220,11 @@ def recovered_pixels(
         rescale_factor: the image processor's.
 
     Returns:
-        uint8 [C, 3, H, W]; exact for float32 and float16 inputs with the usual settings.
+        uint8 [C, 3, H, W], the nearest level to each value. Exact for float32 and float16 inputs
+        with the usual settings; for bfloat16 ones as long as its steps are finer than those of
+        the levels, 1 / (255 * std): with a mean and deviation of 0.5 and with those of ImageNet
+        everywhere, with CLIP's up to values of 2, which leaves one level of blue off by one
+        (above 2, bfloat16 stores two neighbouring levels alike).
 
     Raises:
         SettingsError: mean or std does not have one value per channel.

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.groups import group_members, group_sums, on_cpu
 from mmlm_efficient.pruning.attention_scores import float_products
 from mmlm_efficient.pruning.base import PruningMethod, Station
 from mmlm_efficient.pruning.observed import Crop, Sight
-from mmlm_efficient.tokens import CLS_INDEX, top_positions
+from mmlm_efficient.tokens import CLS_INDEX
 
 
 class VisionZip(PruningMethod):
@@ -94,11 +95,13 @@ class VisionZip(PruningMethod):
         has_cls = crop.cls is not None
         dominant, contextual = self.split(budget, has_cls=has_cls)
         zipped = zip_tokens(seen.relay, seen.keys, patches, dominant - int(has_cls), contextual)
-        kept = index[zipped.dominant.to("cpu")]
-        places = index.tolist()
-        groups = [tuple(places[patch] for patch in group) for group in zipped.members]
+        kept, rest, anchors, group = on_cpu(
+            zipped.dominant, zipped.remaining, zipped.anchors, zipped.assignment
+        )
+        kept = index[kept]
+        groups = group_members(index[rest], group, len(anchors))
         features = [patches[zipped.dominant], zipped.contextual]
-        indices = [kept, index[zipped.anchors.to("cpu")]]
+        indices = [kept, index[anchors]]
         members = [*((place,) for place in kept.tolist()), *groups]
         if crop.cls is not None:
             features.insert(0, crop.cls.unsqueeze(0))
@@ -132,41 +135,6 @@ class Zipped:
     def members(self) -> tuple[tuple[int, ...], ...]:
         """Patches of each contextual token, its anchor included, ascending."""
         return group_members(self.remaining, self.assignment, len(self.anchors))
-
-
-def group_members(positions: Tensor, group: Tensor, n_groups: int) -> tuple[tuple[int, ...], ...]:
-    """Positions of each group, in their given order.
-
-    Args:
-        positions: int64 [P]; group: int64 [P] in 0..n_groups-1.
-        n_groups: how many groups.
-
-    Example:
-        >>> group_members(torch.tensor([3, 5, 8]), torch.tensor([1, 0, 1]), 2)
-        ((5,), (3, 8))
-    """
-    positions, group = positions.cpu(), group.cpu()
-    return tuple(tuple(positions[group == number].tolist()) for number in range(n_groups))
-
-
-def group_sums(rows: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    """Sum of the rows of each group, and the groups' sizes.
-
-    Args:
-        rows: [P, C]; group: int64 [P] in 0..n_groups-1.
-        n_groups: how many groups, at least 1.
-
-    Returns:
-        float32 [n_groups, C] sums and float32 [n_groups, 1] counts.
-
-    Example:
-        >>> sums, counts = group_sums(torch.ones(3, 1), torch.tensor([1, 0, 1]), 2)
-        >>> sums.tolist(), counts.tolist()
-        ([[1.0], [2.0]], [[1.0], [2.0]])
-    """
-    # A product, unlike index_add, is deterministic on every device.
-    one_hot = functional.one_hot(group, n_groups).float()
-    return float_products("pg,pc->gc", one_hot, rows), one_hot.sum(dim=0).unsqueeze(1)
 
 
 def zip_tokens(
@@ -205,9 +173,8 @@ def zip_tokens(
             f"{n_patches} patches: both must be >= 0 and their sum at most {n_patches}; lower the "
             "budget"
         )
-    kept = top_positions(attention.detach().float(), dominant)
-    is_rest = torch.ones(n_patches, dtype=torch.bool, device=kept.device)
-    rest = is_rest.index_fill_(0, kept, False).nonzero().squeeze(1)
+    order = torch.sort(attention.detach().float(), descending=True, stable=True).indices
+    kept, rest = order[:dominant].sort().values, order[dominant:].sort().values
     if contextual == 0:
         return Zipped(kept, rest, rest[:0], torch.full_like(rest, -1), features[:0])
 
@@ -217,9 +184,12 @@ def zip_tokens(
     group = float_products("qd,rd->qr", units, units[places]).argmax(dim=1)
     group[places] = torch.arange(contextual, device=rest.device)
 
-    is_member = torch.ones_like(rest, dtype=torch.bool).index_fill_(0, places, False)
-    sums, counts = group_sums(features[rest[is_member]], group[is_member], contextual)
-    merged = features[rest[places]].float() + sums / counts.clamp(min=1)
+    # Counted on the CPU: the device is not waited for.
+    is_member = torch.ones(len(rest), dtype=torch.bool)
+    is_member[torch.arange(contextual) * step] = False
+    members = is_member.nonzero().squeeze(1).to(rest.device)
+    sums, sizes = group_sums(features[rest[members]], group[members], contextual)
+    merged = features[rest[places]].float() + sums / sizes.clamp(min=1).unsqueeze(1)
     return Zipped(kept, rest, rest[places], group, merged.to(features.dtype))
 
 

@@ -7,6 +7,7 @@ indices this module reproduces. Both rankings look at the tower alone; the promp
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -22,7 +23,11 @@ from mmlm_efficient.pruning.observed import Crop, Sight
 from mmlm_efficient.tokens import CLS_INDEX
 
 _STEP = 8
-"""Most patches that one round of pairwise comparison removes."""
+"""Most patches that one round of pairwise comparison removes from a list."""
+
+_LIST = 1280
+"""Most patches that are compared with each other: no tower run of the paper's models has more
+(576), the reference rule holds up to here."""
 
 
 class VisPruner(PruningMethod):
@@ -83,6 +88,11 @@ def important_and_diverse(
     more patches than it compares, fails; here the first half takes the odd place, and a round
     removes at most that half.
 
+    A rest of more than 1,280 patches, as whole LLaVA-OneVision pictures have, is dealt like cards
+    into lists of at most so many; each is halved by the same rounds, and what is left is dealt
+    anew. So a round removes 8 patches of every list, more of a longer rest, and time and memory
+    grow with the number of patches, not with its square.
+
     Args:
         attention: [N] the relay token's attention to each patch (CLS left out).
         features: [N, C] patch features before the projector.
@@ -121,15 +131,31 @@ def important_and_diverse(
 
 
 def _diverse_places(features: Tensor, count: int) -> Tensor:
-    """Places of the list [R, C] that survive the rounds, int64 [count]."""
+    """Places of the list [R, C] that survive, int64 [count]."""
     places = torch.arange(len(features), device=features.device)
     if count == 0:
         return places[:0]
+    while len(places) > count:
+        n_lists = math.ceil(len(places) / _LIST)
+        target = count if n_lists == 1 else max(count, len(places) // 2)
+        hands = [places[number::n_lists] for number in range(n_lists)]
+        sizes = [target // n_lists + int(number < target % n_lists) for number in range(n_lists)]
+        places = torch.cat(
+            [hand[_rounds(features[hand], size)] for hand, size in zip(hands, sizes, strict=True)]
+        )
+    return places
+
+
+def _rounds(features: Tensor, count: int) -> Tensor:
+    """Places of one list [R, C] that survive the reference's rounds, int64 [count], in order."""
+    places = torch.arange(len(features), device=features.device)
+    if count >= len(places):
+        return places
     units = functional.normalize(features.float(), dim=1)
     cosine = float_products("id,jd->ij", units, units)
     while len(places) > count:
         first, second = places[0::2], places[1::2]
-        score = cosine[first.unsqueeze(1), second].amax(dim=1)
+        score = cosine.index_select(0, first).index_select(1, second).amax(dim=1)
         remove = min(_STEP, len(places) - count, len(first))
         # The most alike lead the list and are cut; the survivors keep this order, which decides
         # the halves of the next round.

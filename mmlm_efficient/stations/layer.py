@@ -77,6 +77,9 @@ class LayerRequest:
         compact: renumber positions after a cut; otherwise kept tokens keep theirs.
         gaps: the prompt's position ids have gaps already.
 
+    Raises:
+        SettingsError: a cut gives images of one prompt, which it ranks together, other ratios.
+
     Attributes:
         kept: for each image that was cut, int64 positions among its tokens before the decoder,
             merged tokens last, each as its carrier.
@@ -103,9 +106,13 @@ class LayerRequest:
         self._gaps = gaps
         # From here on, "uncut" means the prompt as the decoder gets it.
         self._layouts = [PromptLayout.of(layout.mask, layout.blocks, layout.padding_side)]
+        self._uncut = {block.image: block for blocks in layout.blocks for block in blocks}
+        self._memory: dict[int, dict[str, Any]] = {}
         self._sources: list[Tensor] = []
         self._merges: list[list[Merge]] = []
         self._forward: _Forward | None = None
+        for cut in self.cuts.values():
+            cut.check_ratios(layout.blocks)
 
     @property
     def idle(self) -> bool:
@@ -176,6 +183,7 @@ class LayerRequest:
         del self._layouts[1:]
         self._sources.clear()
         self._merges.clear()
+        self._memory.clear()
         self.kept.clear()
         self.members.clear()
         self.counts.clear()
@@ -332,13 +340,8 @@ class LayerRequest:
             kept = self.kept.get(block.image)
             return fixed.float() if kept is None else fixed[kept.to(fixed.device)].float()
         columns = torch.arange(block.start, block.stop, device=rows.columns.device)
-        uncut = next(
-            other
-            for blocks in self._layouts[0].blocks
-            for other in blocks
-            if other.image == block.image
-        )
-        return cut.score(replace(rows, block=block, uncut=uncut), columns).float()
+        uncut, memory = self._uncut[block.image], self._memory.setdefault(block.image, {})
+        return cut.score(replace(rows, block=block, uncut=uncut, memory=memory), columns).float()
 
     def _rows(self, sample: int, parts: DecoderParts) -> SampleRows:
         forward, layout = self._running(), self._layouts[self._running().stage]
@@ -356,8 +359,8 @@ class LayerRequest:
             _projections=projections,
             _rope=(cos[table].to(device), sin[table].to(device)),
             _parts=parts,
-            text=layout.text(sample).to(device),
-            uncut_text=self._layouts[0].text(sample).to(device),
+            text=layout.text(sample),
+            uncut_text=self._layouts[0].text(sample),
             _embeddings=None if embeddings is None else embeddings[row],
         )
 
@@ -437,13 +440,12 @@ class LayerRequest:
         for image, keep in forward.keep.items():
             kept = self.kept.get(image)
             own = self.members.setdefault(image, {})
-
-            def origin(position: int, kept: Tensor | None = kept) -> int:
-                return position if kept is None else int(kept[position])
-
+            origin = None if kept is None else kept.tolist()
             merged: dict[int, tuple[int, ...]] = {}
             for group in forward.groups.get(image, ()):
-                ids = [origin(position) for position in group.tolist()]
+                ids = group.tolist()
+                if origin is not None:
+                    ids = [origin[position] for position in ids]
                 # A member that stood for several tokens itself brings them along.
                 everything = [one for i in ids for one in own.get(i, (i,))]
                 if len(everything) > 1:

@@ -9,13 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import DecoderParts
+from mmlm_efficient.groups import group_sums
 from mmlm_efficient.stations.bridge import Block, PromptLayout
+
+
+@dataclass
+class PromptCache:
+    """What scoring one image of a prompt at one layer leaves for the prompt's other images.
+
+    Attributes:
+        keys: float32 [h, S, d], `SampleRows.prompt_keys`.
+        attention: by query column and causality, float32 [S] head-mean attention to all columns.
+    """
+
+    keys: Tensor | None = None
+    attention: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,12 @@ class SampleRows:
         last: column of the last prompt token.
         scaling: factor on the query-key products.
         columns: columns of all prompt tokens, padding left out.
-        text: columns of the prompt's tokens that are no visual tokens.
+        text: columns of the prompt's tokens that are no visual tokens, on the CPU.
         block: the visual tokens of the image that is being scored, as they are now.
         uncut: the same image's tokens where the prompt entered the decoder.
-        uncut_text: what `text` was there; text is never cut.
+        uncut_text: what `text` was there, on the CPU; text is never cut.
+        shared: what the images of the prompt share at this layer.
+        memory: the image's own, for what is the same at every cut; kept until the next prefill.
     """
 
     last: int
@@ -43,6 +60,8 @@ class SampleRows:
     uncut: Block = field(default_factory=lambda: Block(0, 0, 0))
     uncut_text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _embeddings: Tensor | None = None
+    shared: PromptCache = field(default_factory=PromptCache)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def query(self, columns: Tensor) -> Tensor:
         """Rotated queries [h, n, d] of the given columns int64 [n]."""
@@ -51,6 +70,12 @@ class SampleRows:
     def keys(self, columns: Tensor) -> Tensor:
         """Rotated keys [h, n, d], repeated to the query heads."""
         return self._repeated(self._rotated(self._heads(1, columns, self._parts.kv_heads), columns))
+
+    def prompt_keys(self) -> Tensor:
+        """Rotated keys float32 [h, S, d] of all `columns`, computed once for all images."""
+        if self.shared.keys is None:
+            self.shared.keys = self.keys(self.columns).float()
+        return self.shared.keys
 
     def values(self, columns: Tensor) -> Tensor:
         """Values [h, n, d], repeated to the query heads."""
@@ -66,10 +91,12 @@ class SampleRows:
         return self._embeddings[columns.to(self._embeddings.device)]
 
     def _heads(self, part: int, columns: Tensor, heads: int) -> Tensor:
-        rows = self._projections[part][columns]
+        projection = self._projections[part]
+        rows = projection[columns.to(projection.device)]
         return rows.view(rows.shape[0], heads, self._parts.head_dim).transpose(0, 1)
 
     def _rotated(self, rows: Tensor, columns: Tensor) -> Tensor:
+        columns = columns.to(rows.device)
         cos, sin = self._rope[0][columns], self._rope[1][columns]
         first, second = rows.chunk(2, dim=-1)
         return rows * cos + torch.cat((-second, first), dim=-1) * sin
@@ -138,6 +165,25 @@ class LayerCut:
             return min(self.targets[images[0]], total)
         return max(1, total - round(total * (1.0 - self.ratios[images[0]])))
 
+    def check_ratios(self, samples: Sequence[Sequence[Block]]) -> None:
+        """Refuse ratios that differ between images of one prompt, which are ranked together.
+
+        Args:
+            samples: the image blocks of every prompt.
+
+        Raises:
+            SettingsError: they differ.
+        """
+        for sample, blocks in enumerate(samples if self.ratios is not None else ()):
+            own = [(self.ratios or ())[block.image] for block in blocks]
+            if len(set(own)) > 1:
+                raise SettingsError(
+                    f"the cut after decoder layer {self.layer} ranks all images of a prompt "
+                    f"together, but prompt {sample} has images with the ratios "
+                    f"{', '.join(map(str, own))}: give the images of one prompt the same ratio, "
+                    "or use targets, which count for each image"
+                )
+
     def due(self, image: int, count: int) -> bool:
         """Whether the cut can remove something of an image that has count tokens."""
         return self.ratios[image] < 1.0 if self.ratios is not None else count > self.targets[image]
@@ -158,15 +204,6 @@ class Merge:
     members: Tensor
     group: Tensor
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """The merged rows [c, D] of one sample's hidden states [L, D] before the cut."""
-        device = hidden.device
-        group = self.group.to(device)
-        sums = hidden.new_zeros(len(self.columns), hidden.shape[-1], dtype=torch.float32)
-        sums = sums.index_add(0, group, hidden[self.members.to(device)].float())
-        count = torch.bincount(group, minlength=len(self.columns)).unsqueeze(1)
-        return (sums / (count + 1e-6)).to(hidden.dtype)
-
 
 def merges_of(
     before: PromptLayout, after: PromptLayout, groups: Mapping[int, Sequence[Tensor]]
@@ -178,11 +215,10 @@ def merges_of(
         for old, new in zip(old_blocks, new_blocks, strict=True):
             own = groups.get(old.image, ())
             if own:
-                numbers = [torch.full_like(group, number) for number, group in enumerate(own)]
+                sizes = torch.tensor([len(group) for group in own])
+                numbers = torch.arange(len(own)).repeat_interleave(sizes)
                 columns = torch.arange(new.stop - len(own), new.stop)
-                merges.append(
-                    Merge(sample, columns, torch.cat(list(own)) + old.start, torch.cat(numbers))
-                )
+                merges.append(Merge(sample, columns, torch.cat(list(own)) + old.start, numbers))
     return merges
 
 
@@ -190,10 +226,19 @@ def cut_rows(hidden: Tensor, source: Tensor, merges: Sequence[Merge], copies: in
     """Columns source [B, L'] of hidden [B * copies, L, D], merged rows filled in."""
     rows = source.repeat_interleave(copies, dim=0).to(hidden.device)
     shorter = torch.take_along_dim(hidden, rows.unsqueeze(-1), dim=1)
+    if not merges:
+        return shorter
+    old, new, group = [], [], []
+    n_groups = 0
     for merge in merges:
-        columns = merge.columns.to(hidden.device)
         for row in range(merge.sample * copies, (merge.sample + 1) * copies):
-            values = merge.values(hidden[row])
-            place = (torch.full_like(columns, row), columns)
-            shorter = shorter.index_put(place, values)
-    return shorter
+            old.append(torch.stack([torch.full_like(merge.members, row), merge.members]))
+            new.append(torch.stack([torch.full_like(merge.columns, row), merge.columns]))
+            group.append(merge.group + n_groups)
+            n_groups += len(merge.columns)
+    members, places = (torch.cat(pair, dim=1).to(hidden.device) for pair in (old, new))
+    numbers = torch.cat(group).to(hidden.device)
+    sums, sizes = group_sums(hidden[members[0], members[1]], numbers, n_groups)
+    means = sums / (sizes.unsqueeze(1) + 1e-6)
+    # In place: the gathered rows are new, and nothing needs them for a gradient.
+    return shorter.index_put_((places[0], places[1]), means.to(hidden.dtype))

@@ -241,7 +241,7 @@ class PackedTowerRun(TowerRun):
             self._arrange(fused.device)
         query, key, value = (self._per_slice(part.flatten(1)) for part in (query, key, value))
         self.tower_pass.observe(
-            TowerRows(layer, query, key, value, parts.heads, has_cls=False, valid=self._valid)
+            TowerRows(layer, query, key, value, parts.heads, False, self._valid, self._lengths)
         )
         self.seconds += time.perf_counter() - start
 
@@ -297,10 +297,20 @@ class PackedTowerRun(TowerRun):
         full = merged.new_zeros(self._offsets[-1] // unit, merged.shape[-1])
         return full.index_copy(0, (first // unit).to(merged.device), merged)
 
+    def selected(self, rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For each slice its `tokens` and their features [M_i, D].
+
+        Args:
+            rows: for each slice its rows of the tower's output, which is at full length.
+        """
+        return [
+            (token, own[token.to(own.device)]) for own, token in zip(rows, self.tokens, strict=True)
+        ]
+
     def select(self, merged: Tensor) -> list[Tensor]:
         """For each slice the rows [M_i, D] of its tokens, out of the tower's output [M, D]."""
         parts = torch.split(merged, [length // self._unit for length in self._order.lengths])
-        return [part[token.to(part.device)] for part, token in zip(parts, self.tokens, strict=True)]
+        return [features for _, features in self.selected(parts)]
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -325,8 +335,9 @@ class PackedTowerRun(TowerRun):
         lengths = [len(kept) for kept in self.kept]
         longest = max(lengths)
         ragged = min(lengths) < longest
-        self._valid = self._gather = None
+        self._valid = self._lengths = self._gather = None
         if ragged:
+            self._lengths = tuple(lengths)
             columns = torch.arange(longest, device=device)
             self._valid = columns < torch.tensor(lengths, device=device).unsqueeze(1)
         if ragged or self._order.row is not None:
@@ -369,7 +380,7 @@ class PackedTowerStation(LayerHooks[Any]):
 
     @contextmanager
     def running(
-        self, tower_pass: TowerPass, slices: Sequence[tuple[int, int]]
+        self, tower_pass: TowerPass, slices: Sequence[tuple[int, int]] = ()
     ) -> Iterator[PackedTowerRun]:
         """Run a pass in the forwards of this thread inside the ``with`` block.
 

@@ -36,6 +36,8 @@ class TowerRows:
         heads: attention heads.
         has_cls: row 0 is the CLS token.
         valid: bool [B, L], False on padding rows; None when no image is padded.
+        lengths: rows of each image that are no padding, as `valid` says, known without asking
+            the device; None when no image is padded.
     """
 
     layer: int
@@ -45,6 +47,7 @@ class TowerRows:
     heads: int
     has_cls: bool
     valid: Tensor | None
+    lengths: tuple[int, ...] | None = None
 
 
 class TowerPass(ABC):
@@ -98,6 +101,7 @@ class TowerRun:
         self.seconds = 0.0
         self._lead = int(has_cls)
         self._valid: Tensor | None = None
+        self._lengths: tuple[int, ...] | None = None
         self._mask: Tensor | None = None
         self._projections: dict[int, Tensor] = {}
 
@@ -109,7 +113,7 @@ class TowerRun:
         self.cut_layer = torch.full((n_images, n_patches), -1, device=hidden.device)
         self.layer_counts = [[] for _ in range(n_images)]
         self.seconds = 0.0
-        self._valid = self._mask = None
+        self._valid = self._lengths = self._mask = None
         self._projections.clear()
         self.tower_pass.begin(n_images, n_patches)
 
@@ -142,8 +146,9 @@ class TowerRun:
         start = time.perf_counter()
         query, key, value = (self._projections[part] for part in range(3))
         self._projections.clear()
+        heads, has_cls = parts.heads, parts.has_cls
         self.tower_pass.observe(
-            TowerRows(layer, query, key, value, parts.heads, parts.has_cls, self._valid)
+            TowerRows(layer, query, key, value, heads, has_cls, self._valid, self._lengths)
         )
         self.seconds += time.perf_counter() - start
 
@@ -161,11 +166,26 @@ class TowerRun:
             self.cut_layer[image, self.kept[image]] = -1
         rows, self._valid = _padded_rows(keep, self._lead, hidden.device)
         shorter = torch.take_along_dim(hidden, rows.unsqueeze(-1), dim=1)
-        self._mask = None
+        self._mask = self._lengths = None
         if self._valid is not None:
+            self._lengths = tuple(self._lead + len(positions) for positions in keep)
             self._mask = _key_mask(shorter, self._valid, parts.config)
         self.seconds += time.perf_counter() - start
         return shorter
+
+    def selected(self, rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What the tower's output holds of each image.
+
+        Args:
+            rows: for each image its rows of the tower's output, padding behind them.
+
+        Returns:
+            For each image int64 [K], indices of the tokens that are left, ascending, and their
+            features [K, C], CLS first if there is one.
+        """
+        return [
+            (kept, own[: self._lead + len(kept)]) for own, kept in zip(rows, self.kept, strict=True)
+        ]
 
 
 def _padded_rows(
@@ -213,8 +233,15 @@ class TowerStation(LayerHooks[TowerParts]):
     """
 
     @contextmanager
-    def running(self, tower_pass: TowerPass) -> Iterator[TowerRun]:
-        """Run a pass in the forwards of this thread inside the ``with`` block."""
+    def running(
+        self, tower_pass: TowerPass, slices: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[TowerRun]:
+        """Run a pass in the forwards of this thread inside the ``with`` block.
+
+        Args:
+            tower_pass: the method's.
+            slices: only of interest to packed towers, whose station takes the same arguments.
+        """
         self.check_open()
         run = TowerRun(tower_pass, self._parts.has_cls)
         with activate(self, run):

@@ -65,6 +65,34 @@ def test_a_small_run_and_its_continuation(
     assert "random" in capsys.readouterr().out
 
 
+def test_equal_tokens_by_hand() -> None:
+    def row(method: str, ratio: float, tokens: float, accuracy: float) -> dict[str, Any]:
+        overall = {"accuracy": accuracy}
+        names = {"method": method, "keep_ratio": ratio, "mean_decoder_tokens": tokens}
+        return {**names, "overall": overall}
+
+    rows = [
+        row("none", 1.0, 128, 0.9),
+        row("random", 0.25, 32, 0.5),
+        row("fastv", 0.25, 64, 0.8),
+        row("divprune", 0.1, 16, 0.4),
+    ]
+    # Halfway between 32 and 128 tokens on a logarithmic scale: 0.7. Below 32 nothing is known.
+    (one,) = pocket_methods._at_equal_tokens(rows)
+    assert one["method"] == "fastv"
+    assert one["difference"] == pytest.approx(0.1)
+
+
+def test_prefill_counts_the_pruning_before_the_decoder() -> None:
+    stock = [{"before": 0.1, "pruning": 0.0, "forward": 1.0}]
+    rounds = [{"before": 0.3, "pruning": 0.2, "forward": 0.3}]
+    figures = pocket_methods.prefill_figures(rounds, stock)
+    assert figures["pruning_before_ms"] == pytest.approx(200)
+    assert figures["prefill_ms"] == pytest.approx(500)
+    assert figures["prefill_speed_up"] == pytest.approx(2.0)
+    assert figures["first_token_speed_up"] == pytest.approx(1.1 / 0.6, abs=1e-3)
+
+
 def test_progress_survives_a_torn_line_and_knows_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     progress = Progress(path, {"scenes": 3})

@@ -293,8 +293,8 @@ def test_cost_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "method": "divprune",
         "keep_ratio": 0.125,
         "mean_decoder_tokens": 72.0,
-        "prefill": {"median_s": 0.5},
-        "selection_median_s": 0.01,
+        "prefill_ms": 500.2,
+        "pruning_before_ms": 9.6,
         "prefill_speed_up": 3.0,
         "flop_speed_up": 4.0,
         "measured_to_flops": 0.75,
@@ -304,7 +304,7 @@ def test_cost_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {**HEAD, **words, "rows": [row]}
     (tmp_path / "methods_prefill.json").write_text(json.dumps(result))
     table = readme_tables.methods_cost()
-    assert "| divprune | 12.5 % | 72 | 500 | 10.0 | 3.00x | 4.00x | 0.75 | 5.0 |" in table
+    assert "| divprune | 12.5 % | 72 | 500 | 10 | 3.00x | 4.00x | 0.75 | 5.0 |" in table
     assert "A middle model; 64 text tokens; float32" in table
 
 

@@ -232,8 +232,8 @@ def test_log_of_another_format_and_foreign_files_are_refused(
     full_log: list[bytes], tmp_path: Path
 ) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_bytes(full_log[0].replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(SettingsError, match="format is 2 in the log and 1 now"):
+    log.write_bytes(full_log[0].replace(b'"format": 2', b'"format": 1'))
+    with pytest.raises(SettingsError, match="format is 1 in the log and 2 now"):
         small(log)
     for foreign in (b"notes\n", b"{}", b"[1]\n", b"\xff\xfe"):
         log.write_bytes(foreign)

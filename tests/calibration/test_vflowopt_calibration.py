@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import yaml
 from PIL import Image
 
 from mmlm_efficient import EfficientLMM, load
-from mmlm_efficient.calibration.data import find_samples
+from mmlm_efficient.calibration.data import Sample, find_samples
 from mmlm_efficient.calibration.vflowopt import (
     candidate,
     cosines,
@@ -27,10 +30,12 @@ from mmlm_efficient.calibration.vflowopt import (
     optimize_profile,
     remembered,
 )
-from mmlm_efficient.errors import SettingsError, UnsupportedError
+from mmlm_efficient.errors import ContextError, PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.prepare import prepare
 from mmlm_efficient.pruning import VFlowOpt
 from mmlm_efficient.pruning.vflowopt_plan import achieved_ratio, segments
+from tests import tiny, tiny_families
+from tests.tiny_processor import tiny_processor
 
 pytest.importorskip("optuna")
 
@@ -87,6 +92,24 @@ def test_what_is_remembered_changes_nothing(lmm: EfficientLMM, weight: float) ->
     assert first == pytest.approx(fresh, abs=1e-6)
 
 
+def test_candidates_give_no_advice_and_the_logger_is_left_as_it_was(
+    lmm: EfficientLMM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("mmlm_efficient.pruning")
+    prompts = remembered(lmm, find_samples("pocket", 2), progress=False)
+    reduce = VFlowOpt.reduce
+
+    def advises(*arguments: Any) -> Any:
+        logger.warning("another setting would be better")
+        return reduce(*arguments)
+
+    monkeypatch.setattr(VFlowOpt, "reduce", advises)
+    level = logger.level
+    cosines(lmm._parts, prompts, candidate(THETA, 0.25, LAYERS, LENGTHS, "budget"))
+    assert caplog.messages == []
+    assert logger.level == level
+
+
 def test_the_tower_and_the_unpruned_model_run_once(
     lmm: EfficientLMM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +162,121 @@ def test_a_search_finds_a_profile_that_can_be_used(
     assert more.result.evaluations[:6] == found.result.evaluations
     with pytest.raises(SettingsError, match="keep_ratio"):
         optimize_profile(lmm, samples, 0.3, n_evaluations=8, **options)
+
+
+# -- the space -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["budget", "released"])
+def test_late_stages_are_searched_to_the_end(tmp_path: Path, space: Any) -> None:
+    # 11 of 12 layers at 1.1 of the budget would be more than there is: no schedule is untuned.
+    model = EfficientLMM(tiny.tiny_llava(language={"num_hidden_layers": 12}), tiny_processor())
+    found = optimize_profile(
+        model,
+        small_pictures(tmp_path),
+        0.5,
+        n_evaluations=8,
+        n_initial_points=8,
+        space=space,
+        stage_layers=(1, 11),
+        progress=False,
+    )
+    assert found.profile.stage_layers == (1, 11)
+    assert math.isfinite(found.untuned_mean)
+
+
+def test_pictures_of_any_size_give_a_box_of_their_median(tmp_path: Path) -> None:
+    for number, size in enumerate(((64, 64), (16, 16), (32, 32))):
+        tiny_families.picture(size, number).save(tmp_path / f"p{number}.png")
+    model = EfficientLMM(
+        tiny_families.tiny_model("qwen2_vl"), tiny_families.tiny_processor("qwen2_vl")
+    )
+    samples = [Sample(f"p{n}", "w20", tmp_path / f"p{n}.png") for n in range(3)]
+    boxes = [
+        optimize_profile(
+            model, chosen, 0.5, n_evaluations=2, n_initial_points=2, progress=False
+        ).result.space
+        for chosen in (samples, samples[::-1])
+    ]
+    # 8 x 8 pixels make a token: 64, 4 and 16 tokens.
+    assert boxes[0] == boxes[1]
+    assert boxes[0]["anchor_threshold"][1] == pytest.approx(50 * 16 / 27**2)
+
+
+# -- what the log depends on -----------------------------------------------------------------
+
+
+def test_a_log_of_other_weights_or_pictures_is_refused(lmm: EfficientLMM, tmp_path: Path) -> None:
+    samples, log = find_samples("pocket", 2), tmp_path / "search.jsonl"
+    options: dict[str, Any] = {
+        "n_evaluations": 2,
+        "n_initial_points": 2,
+        "log_path": log,
+        "progress": False,
+    }
+    optimize_profile(lmm, samples, 0.25, **options)
+    asked = replace(samples[1], question="something else?")
+    with pytest.raises(SettingsError, match="settings.samples_sha256 is"):
+        optimize_profile(lmm, [samples[0], asked], 0.25, **options)
+    weight = lmm.model.lm_head.weight
+    with torch.no_grad():
+        weight.neg_()
+        try:
+            with pytest.raises(SettingsError, match="settings.weights_sha256 is"):
+                optimize_profile(lmm, samples, 0.25, **options)
+        finally:
+            weight.neg_()
+    assert optimize_profile(lmm, samples, 0.25, **options).result.resumed == 2
+
+
+# -- wrong input -----------------------------------------------------------------------------
+
+
+def small_pictures(folder: Path, question: str = "where cat ?") -> list[Sample]:
+    """Two samples for the tiny LLaVA models."""
+    for number in range(2):
+        tiny_families.picture((24, 24), number).save(folder / f"p{number}.png")
+    return [Sample(f"p{n}.png", question, folder / f"p{n}.png") for n in range(2)]
+
+
+def test_a_prompt_longer_than_the_context_names_its_sample(tmp_path: Path) -> None:
+    model = tiny.tiny_llava(language={"max_position_embeddings": 60})
+    samples = small_pictures(tmp_path)
+    samples[1] = replace(samples[1], question=" ".join(["cat"] * 30))
+    with pytest.raises(
+        ContextError, match=r"sample 'p1.png': the prompt takes .* has 60.*unpruned"
+    ):
+        optimize_profile(EfficientLMM(model, tiny_processor()), samples, 0.25, progress=False)
+
+
+def test_a_question_with_an_image_token_too_many_names_its_sample(tmp_path: Path) -> None:
+    samples = small_pictures(tmp_path, "<image> <image> cat")
+    with pytest.raises(PromptError, match=r"sample 'p0.png': question: holds 2 <image>"):
+        optimize_profile(
+            EfficientLMM(tiny.tiny_llava(), tiny_processor()), samples, 0.25, progress=False
+        )
+
+
+def test_one_token_per_picture_leaves_nothing_to_prune(tmp_path: Path) -> None:
+    model = tiny.tiny_llava("siglip", vision={"image_size": tiny.PATCH})
+    processor = tiny_processor()
+    processor.image_processor.size = {"shortest_edge": tiny.PATCH}
+    processor.image_processor.crop_size = {"height": tiny.PATCH, "width": tiny.PATCH}
+    processor.num_additional_image_tokens = 0
+    processor.vision_feature_select_strategy = "full"
+    lmm = EfficientLMM(model, processor, name="one-token")
+    with pytest.raises(UnsupportedError, match="one-token makes one visual token of every one"):
+        optimize_profile(lmm, small_pictures(tmp_path), 0.25, progress=False)
+
+
+def test_an_unpruned_state_that_is_no_number_names_its_sample(tmp_path: Path) -> None:
+    model = tiny.tiny_llava()
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UnsupportedError, match=r"sample 'p0.png': .* unpruned model is no number"):
+        optimize_profile(
+            EfficientLMM(model, tiny_processor()), small_pictures(tmp_path), 0.25, progress=False
+        )
 
 
 def test_wrong_settings(lmm: EfficientLMM) -> None:
@@ -210,6 +348,10 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     assert summary["resumed"] in (done - 1, done)  # a torn last line does not count
     assert summary["evaluations"] == 14
     assert summary["mean_cosine"] == json.loads(whole.stdout)["mean_cosine"]
+    third = run(*[one for one in options if one != "--json"], "--out", str(out))
+    assert third.returncode == 0, third.stderr
+    assert f"14 evaluations, 14 of them resumed from {log}\n" in third.stdout
+    assert "use it: VFlowOpt(keep_ratio=0.25, " in third.stdout
     profiles = [yaml.safe_load((tmp_path / f"{n}.yaml").read_text()) for n in ("whole", "killed")]
     assert profiles[0] == profiles[1]
     assert Image.open(out.with_suffix(".png")).size[0] > 300

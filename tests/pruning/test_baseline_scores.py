@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pruning import divprune
@@ -155,6 +157,70 @@ def test_vispruner_follows_the_list_order(patches: int, keep: int, ratio: float)
     got = important_and_diverse(attention, features, keep, ratio).tolist()
     assert got == by_lists(attention.tolist(), features, keep, ratio)
     assert len(set(got)) == keep
+
+
+def by_matrix(features: Tensor, keep: int) -> list[int]:
+    """The reference's rounds of one list, in plain lists."""
+    units = functional.normalize(features.double(), dim=1)
+    cosine, rest = (units @ units.T).tolist(), list(range(len(features)))
+    while len(rest) > keep:
+        first, second = rest[::2], rest[1::2]
+        score = {a: max(cosine[a][b] for b in second) for a in first}
+        rest = sorted(first, key=lambda a: -score[a])[min(8, len(rest) - keep) :] + second
+    return rest
+
+
+def test_vispruner_follows_the_reference_up_to_the_patches_of_its_models() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(576, 48)
+    got = important_and_diverse(torch.arange(576, 0, -1), features, 500, 0.0)
+    assert got.tolist() == sorted(by_matrix(features, 500))
+
+
+def test_vispruner_deals_longer_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 patches in three hands of at most 40 are halved, then 50 in two thinned to 30."""
+    monkeypatch.setattr("mmlm_efficient.pruning.vispruner._LIST", 40)
+    torch.manual_seed(0)
+    features, rest = torch.randn(100, 16), list(range(100))
+    for hands, sizes in ((3, (17, 17, 16)), (2, (15, 15))):
+        dealt = [rest[number::hands] for number in range(hands)]
+        rest = [
+            hand[place]
+            for hand, size in zip(dealt, sizes, strict=True)
+            for place in by_matrix(features[hand], size)
+        ]
+    got = important_and_diverse(torch.arange(100, 0, -1), features, 30, 0.0)
+    assert got.tolist() == sorted(rest)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("keep", [1, 1822, 7289])
+def test_vispruner_of_a_whole_picture_stays_small(keep: int) -> None:
+    """7,290 patches of which nearly all are copies: never more than a square of 1,280."""
+    torch.manual_seed(0)
+    kinds = torch.randn(600, 8)
+    features = kinds[torch.cat([torch.arange(600), torch.randint(0, 600, (6690,))])]
+    with Largest() as seen:
+        got = important_and_diverse(torch.rand(7290), features, keep, 0.5)
+    assert len(set(got.tolist())) == keep
+    assert got.tolist() == sorted(got.tolist())
+    assert seen.elements <= 1280 * 1280
+    if keep == 1822:
+        # Copies leave first: hardly a kind is lost.
+        assert len({tuple(row) for row in features[got].tolist()}) > 590
 
 
 def test_vispruner_extremes() -> None:

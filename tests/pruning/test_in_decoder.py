@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmlm_efficient import EfficientLMM
 from mmlm_efficient.errors import PromptError, SettingsError
 from mmlm_efficient.prepare import LMMParts, Prepared, prepare
-from mmlm_efficient.pruning import FastV, PruningMethod, PyramidDrop, SparseVLM
+from mmlm_efficient.pruning import FastV, FlowCut, PruningMethod, PyramidDrop, SparseVLM
 from mmlm_efficient.pruning.base import LayerJob
 from mmlm_efficient.pruning.decoder_ranking import prompt_attention
 from mmlm_efficient.stations.bridge import Block
 from mmlm_efficient.stations.layer import LayerRequest
 from mmlm_efficient.stations.layer_rows import LayerCut, SampleRows
 from tests import tiny
+from tests.tiny_processor import tiny_processor
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
 N = tiny.N_PATCHES
@@ -345,19 +347,46 @@ def test_prompt_attention_toy() -> None:
 
 def test_many_queries_do_not_change_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    rows = toy_rows(torch.randn(50, 1), torch.randn(50, 1))
+    asking, keys = torch.randn(50, 1), torch.randn(50, 1)
     queries, visual = torch.arange(10, 50), torch.arange(3, 9)
-    want = prompt_attention(rows, queries, visual)
+    want = prompt_attention(toy_rows(asking, keys), queries, visual)
     monkeypatch.setattr("mmlm_efficient.pruning.decoder_ranking._ROWS", 7)
-    torch.testing.assert_close(prompt_attention(rows, queries, visual), want)
+    torch.testing.assert_close(prompt_attention(toy_rows(asking, keys), queries, visual), want)
+
+
+def test_rows_of_an_earlier_image_serve_the_next_one() -> None:
+    """Asked again, with other queries among them or seeing ahead, as from the start."""
+    torch.manual_seed(1)
+    asking, keys = torch.randn(20, 1), torch.randn(20, 1)
+    shared = toy_rows(asking, keys)
+    for queries, first, causal in (
+        ([12, 14], 2, True),
+        ([14, 17, 12], 6, True),
+        ([14, 17], 6, False),
+        ([19], 2, True),
+    ):
+        given = torch.tensor(queries), torch.arange(first, first + 4)
+        got = prompt_attention(shared, *given, causal=causal)
+        want = prompt_attention(toy_rows(asking, keys), *given, causal=causal)
+        torch.testing.assert_close(got, want)
+    assert sorted(shared.shared.attention) == [
+        (12, True),
+        (14, False),
+        (14, True),
+        (17, False),
+        (17, True),
+        (19, True),
+    ]
 
 
 # Settings
 
 
-def run(method: PruningMethod, layers: int = 4) -> None:
+def run(method: PruningMethod, layers: int = 4, tower: bool = True) -> None:
     model = tiny.tiny_llava(language={"num_hidden_layers": layers})
     with torch.no_grad(), LMMParts(model) as parts:
+        if not tower:
+            model.model.vision_tower.forward = None
         prepare(parts, tiny.batch(PROMPTS[:1], tiny.images(1)), [method])
 
 
@@ -388,13 +417,29 @@ def test_bad_settings(method: type[PruningMethod], settings: dict[str, Any], mes
         (FastV(keep_tokens=4, layer=4), 4, "layer=4, but the language model has 4 layers"),
         (PyramidDrop(keep_tokens=4), 3, "at least 4 decoder layers, the model has 3"),
         (PyramidDrop(keep_tokens=4, stage_layers=(1, 4)), 4, r"stage_layers=\[1, 4\], but the"),
+        (
+            FlowCut(keep_tokens=9, llm_prune_layer=7, llm_keep_tokens=4),
+            4,
+            "llm_prune_layer=7, but the language model has 4 layers: give at most 3",
+        ),
         (SparseVLM(keep_tokens=4), 3, "needs at least 4, the model has 3"),
         (SparseVLM(keep_tokens=4, cut_layers=(0, 1, 4)), 4, r"cut_layers=\[0, 1, 4\], but the"),
     ],
 )
 def test_layers_that_the_model_lacks(method: PruningMethod, layers: int, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        run(method, layers)
+        run(method, layers, tower=False)
+    model = tiny.tiny_llava(language={"num_hidden_layers": layers})
+    with pytest.raises(SettingsError, match=message):
+        EfficientLMM(model, tiny_processor(), method)
+
+
+@pytest.mark.parametrize("method", [FastV, PyramidDrop, SparseVLM])
+def test_a_budget_of_all_tokens_is_told_once(
+    method: type[PruningMethod], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(method(keep_tokens=N))
+    assert caplog.text.count("nothing is pruned") == 1
 
 
 def test_the_shallowest_models() -> None:

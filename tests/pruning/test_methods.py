@@ -300,7 +300,9 @@ class TestFlowCut:
             )
 
     def test_llm_layer_and_targets(self, parts: LMMParts) -> None:
-        with pytest.raises(SettingsError, match="llm_prune_layer=4, .*has 4 layers: give 0 to 3"):
+        with pytest.raises(
+            SettingsError, match="llm_prune_layer=4, .*has 4 layers: give at most 3"
+        ):
             run(parts, [FlowCut(keep_tokens=9, llm_prune_layer=4, llm_keep_tokens=2)])
         with pytest.raises(SettingsError, match="llm_keep_tokens has 3 values"):
             run(parts, [FlowCut(keep_tokens=9, llm_prune_layer=1, llm_keep_tokens=(2, 3, 4))])

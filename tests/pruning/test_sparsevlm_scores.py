@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlm_efficient.errors import PromptError, SettingsError
-from mmlm_efficient.pruning.attention_scores import head_mean_map, mean_received, query_attention
+from mmlm_efficient.pruning.attention_scores import mean_received, query_attention
 from mmlm_efficient.pruning.sparsevlm_scores import (
     Clusters,
     cut_layers,
@@ -223,16 +223,6 @@ def heads() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4), valid
 
 
-def test_head_mean_map(heads: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, valid = heads
-    torch.testing.assert_close(head_mean_map(query, key, 0.5, None), eager_map(query, key, 0.5))
-    got = head_mean_map(query, key, 0.5, valid)
-    torch.testing.assert_close(got[:1], eager_map(query[:1], key[:1], 0.5))
-    torch.testing.assert_close(got[1:, :5, :5], eager_map(query[1:, :5], key[1:, :5], 0.5))
-    assert got[1, 5:].abs().sum() == 0
-    assert got[1, :, 5:].abs().sum() == 0
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 7, 128])
 def test_mean_received(heads: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
     query, key, valid = heads
@@ -256,7 +246,6 @@ def test_mean_received_toy() -> None:
 def test_an_image_of_padding_alone_gets_zeros() -> None:
     rows, nothing = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, dtype=torch.bool)
     assert mean_received(rows, rows, 1.0, nothing).tolist() == [[0.0, 0.0, 0.0]]
-    assert head_mean_map(rows, rows, 1.0, nothing).abs().sum() == 0
 
 
 class Largest(TorchDispatchMode):
@@ -276,9 +265,6 @@ def test_maps_of_all_heads_are_never_held() -> None:
     with Largest() as largest:
         mean_received(rows, rows, 0.7, None, chunk=8)
     assert largest.elements == 8 * 8 * 64
-    with Largest() as largest:
-        head_mean_map(rows, rows, 0.7, None)
-    assert largest.elements == 64 * 64
 
 
 @pytest.mark.parametrize("chunk", [0, -4])

@@ -117,6 +117,25 @@ def test_exact_budget_below_the_number_of_cells_is_refused() -> None:
         plan_grid(TOY_MAP, 3 / 9, 2.0, exact_budget=True)
 
 
+def test_exact_budget_below_the_number_of_grids_names_what_helps() -> None:
+    """An overview of 4 tokens and a tile of 12: two grids, one token."""
+    with pytest.raises(SettingsError, match="1 of 16 .* 2 grids.*merge_grid_size='off'") as raised:
+        plan_grid(torch.arange(16) / 16, 1 / 16, 99.0, overview=2, exact_budget=True)
+    assert "Raise merge_grid_size" not in str(raised.value)
+
+
+def test_a_missed_budget_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Cells of one token keep everything; those of the toy example are on the budget."""
+    plan_grid(TOY_MAP, 4 / 9, 2.0, exact_budget=True)
+    plan_grid(TOY_MAP, 4 / 9, None)
+    plan_grid(TOY_MAP, 1.0, 1.0)
+    assert not caplog.records
+    assert plan_grid(TOY_MAP, 4 / 9, 1.0).n_kept == 9
+    assert len(caplog.records) == 1
+    for part in ("keeps 9 of the 9 tokens", "asks for 4", "merge_grid_size=1", "exact_budget=True"):
+        assert part in caplog.text
+
+
 def test_ratio_one_passes_everything_bit_for_bit() -> None:
     features = torch.randn(9, 5).half()
     plans = (

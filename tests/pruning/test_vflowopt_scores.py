@@ -211,6 +211,26 @@ def test_every_pixel_value_is_recovered(
     assert recovered_pixels(values * 10, mean, std)[..., -1, -1].eq(255).all()
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "off"),
+    [
+        ([0.5] * 3, [0.5] * 3, 0),
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 0),
+        (CLIP_MEAN, CLIP_STD, 1),
+    ],
+)
+def test_bfloat16_pixels_are_recovered_but_for_one_level(
+    mean: list[float], std: list[float], off: int
+) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    values = ((pixels.float() / 255 - offset) / scale).bfloat16()
+    error = (recovered_pixels(values, mean, std).int() - pixels.int()).abs()
+    assert error.sum() == off
+    assert error[:, :2].eq(0).all()  # of blue, where it is
+    assert values[error > 0].ge(2).all()
+
+
 def test_bad_input_is_refused() -> None:
     rgb = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     for threshold in (-0.1, math.nan, math.inf):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmlm_efficient import EfficientLMM
 from mmlm_efficient.prepare import LMMParts, prepare
-from mmlm_efficient.pruning import FlowCut, PruningMethod, RandomPruning
+from mmlm_efficient.pruning import FlowCut, PruningMethod, RandomPruning, SparseVLM
 from tests import tiny
 from tests.tiny_processor import tiny_processor
 
@@ -26,6 +26,7 @@ METHODS: dict[str, PruningMethod] = {
     "bridge": RandomPruning(keep_tokens=9),
     "layer": FlowCut(keep_ratio=1.0, llm_prune_layer=1, llm_keep_tokens=5),
     "tower and layer": FlowCut(keep_tokens=14, llm_prune_layer=0, llm_keep_tokens=(3, 5, 14)),
+    "layer, merging": SparseVLM(stage_keep_tokens=(9, 6, 3)),
 }
 
 
