@@ -115,7 +115,8 @@ class _Subject:
     @torch.no_grad()
     def stock(self) -> list[Tensor]:
         """The stock tower, without a single hook on it."""
-        return Llava(self.model).encode(self.pixels)
+        inputs, family = {"pixel_values": self.pixels}, Llava(self.model)
+        return family.stock_features(inputs, family.visuals(inputs))
 
     @torch.no_grad()
     def pruned(self, parts: LMMParts) -> TowerRun:
@@ -126,8 +127,10 @@ class _Subject:
             last_cut_layer=parts.family.last_cut_layer,
             has_cls=True,
         )
+        inputs, family = {"pixel_values": self.pixels}, parts.family
+        visuals = family.visuals(inputs)
         with parts.tower.running(FlowCut(keep_tokens=self.plan.keep_tokens).tower_pass(job)) as run:
-            parts.family.encode(self.pixels)
+            family.project(torch.stack(family.run_tower(inputs, visuals)))
         return run
 
 

@@ -228,7 +228,7 @@ class TowerStation(LayerHooks[TowerParts]):
     Example::
 
         with station.running(tower_pass) as run:
-            features = family.encode(pixel_values)
+            features = family.run_tower(inputs, visuals)
         run.kept  # per image
     """
 
