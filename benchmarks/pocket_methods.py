@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.no_pruning import NoPruning
-from mmlm_efficient.pruning.registry import METHODS
+from mmlm_efficient.pruning.registry import METHODS, method_class
 from mmlm_efficient.tokens import ImageReport
 
 UNTUNED = "vflowopt (untuned)"
@@ -102,9 +103,27 @@ def case_names() -> list[str]:
     return [*named, UNTUNED]
 
 
-def cases_of(names: Sequence[str], ratios: Sequence[float]) -> list[Case]:
-    """The unpruned model, then every method at every budget."""
+def cases_of(
+    names: Sequence[str], ratios: Sequence[float], variants: Sequence[str] = ()
+) -> list[Case]:
+    """The unpruned model, then every method at every budget.
+
+    Args:
+        names: methods with their defaults.
+        ratios: budgets.
+        variants: methods with other settings, such as "fastv:layer=1".
+
+    Raises:
+        SettingsError: a variant names no method or setting.
+    """
     cases = [Case(NoPruning.name, NoPruning(), 1.0)]
+    for variant in variants:
+        name, _, assignments = variant.partition(":")
+        pairs = (pair.partition("=")[::2] for pair in assignments.split(",") if pair)
+        given = {field: yaml.safe_load(value) for field, value in pairs}
+        cases += [
+            Case(variant, method_class(name)(keep_ratio=ratio, **given), ratio) for ratio in ratios
+        ]
     for name in names:
         settings: dict[str, Any] = {"profile": "none"} if name == UNTUNED else {}
         method = METHODS["vflowopt" if name == UNTUNED else name]
@@ -114,7 +133,7 @@ def cases_of(names: Sequence[str], ratios: Sequence[float]) -> list[Case]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Ask all questions with all cases, then time them."""
-    cases = cases_of(options.methods, options.ratios)
+    cases = cases_of(options.methods, options.ratios, options.variants)
     settings = {
         "model": options.model,
         "weights_sha256": digest_of_weights(find_folder(options.model)),
@@ -430,11 +449,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scenes", "--limit", type=positive, default=1000, help="default 1000")
     parser.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
         choices=names,
         default=names,
         metavar="METHOD",
         help=f"of {', '.join(names)}; default all",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="METHOD:FIELD=VALUE",
+        help="methods with other settings, such as fastv:layer=1",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--batch-size", type=positive, default=32, help="scenes per batch")

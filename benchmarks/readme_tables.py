@@ -176,6 +176,66 @@ def pocket_methods() -> str:
     )
 
 
+def pocket_methods_full() -> str:
+    """Everything that was measured of all methods on pocket, one row per budget."""
+    path = RESULTS / "pocket_methods.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    equal = {(one["method"], one["keep_ratio"]): one for one in result["to_random_at_equal_tokens"]}
+    random = {(one["method"], one["keep_ratio"]): one for one in result["to_random"]}
+    rows = []
+    for row in result["rows"]:
+        key = (row["method"], row["keep_ratio"])
+        low, high = (100 * end for end in row["overall"]["interval"])
+        rows.append(
+            [
+                row["method"],
+                f"{100 * row['keep_ratio']:g} %",
+                f"{_percent(row['overall']['accuracy'])} ({low:.1f} to {high:.1f})",
+                _points(random.get(key)),
+                _points(equal.get(key)),
+                f"{row['mean_decoder_tokens']:.1f}",
+                f"{row['final_tokens']:.0f}",
+                f"{row['prefill_ms']:.1f}",
+                f"{row['kv_bytes'] / 1024:.0f}",
+            ]
+        )
+    head = ["method", "budget", "right answers", "to random, same budget"]
+    head += ["to random, same tokens", "tokens per layer", "in the last", "prefill ms", "KV KiB"]
+    return _table(head, rows) + (
+        f"\nDifferences in points. {result['timing']}. {result['scenes']:,} held-out scenes, "
+        f"{result['questions']:,} questions. {machine_line(result)}; from `{_shown(path)}`.\n"
+    )
+
+
+def fastv_layers() -> str:
+    """FastV at one budget, by the layer that it cuts before."""
+    path = RESULTS / "pocket_fastv_layers.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    kinds = ("list", "where_is", "how_many")
+    rows = [
+        [
+            f"`FastV(keep_ratio=0.25, {row['method'].partition(':')[2]})`",
+            f"{row['mean_decoder_tokens']:.0f}",
+            _percent(row["overall"]["accuracy"]),
+            *(_percent(row["kinds"][kind]["accuracy"]) for kind in kinds),
+        ]
+        for row in result["rows"]
+        if row["method"].startswith("fastv")
+    ]
+    head = ["setting", "tokens per layer", "right answers", *(f"`{kind}`" for kind in kinds)]
+    return _table(head, rows) + (
+        f"\n{result['scenes']:,} held-out scenes. {machine_line(result)}; from `{_shown(path)}`.\n"
+    )
+
+
+def _points(one: Mapping[str, Any] | None) -> str:
+    return "" if one is None else f"{100 * one['difference']:+.1f}"
+
+
 def _methods_cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
@@ -277,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "method_matrix": method_matrix,
     "pocket_accuracy": pocket_accuracy,
     "pocket_methods": pocket_methods,
+    "pocket_methods_full": pocket_methods_full,
+    "fastv_layers": fastv_layers,
     "methods_cost": methods_cost,
     "calibration_bench": calibration_bench,
     "flowcut_bench": flowcut_bench,

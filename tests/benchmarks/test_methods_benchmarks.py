@@ -12,6 +12,8 @@ import torch
 from benchmarks import calibration, methods_prefill, pocket_methods, shapes
 from benchmarks.chart import methods_chart
 from benchmarks.progress import Progress
+from mmlm_efficient.errors import SettingsError
+from mmlm_efficient.families import family_of
 from mmlm_efficient.prepare import LMMParts
 from tests import tiny
 
@@ -24,6 +26,17 @@ def test_cases_are_every_method_with_a_budget() -> None:
     assert len({case.name for case in cases}) == len(cases) == 1 + 2 * len(names)
     untuned = [case for case in cases if case.label == pocket_methods.UNTUNED]
     assert {case.method.profile for case in untuned} == {"none"}  # type: ignore[attr-defined]
+
+
+def test_variants_have_their_settings() -> None:
+    cases = pocket_methods.cases_of([], [0.25], ["fastv:layer=1", "vispruner:important_ratio=0.75"])
+    assert [case.name for case in cases[1:]] == [
+        "fastv:layer=1 0.25",
+        "vispruner:important_ratio=0.75 0.25",
+    ]
+    assert cases[1].method.layer == 1  # type: ignore[attr-defined]
+    with pytest.raises(SettingsError, match="unknown setting 'layers', did you mean 'layer'"):
+        pocket_methods.cases_of([], [0.25], ["fastv:layers=1"])
 
 
 @pytest.mark.slow
@@ -150,19 +163,26 @@ def test_calibration_benchmark_agrees_with_itself(tmp_path: Path) -> None:
     assert result["search"]["evaluations"] == 2
 
 
-def test_shapes_have_the_stated_tokens() -> None:
+@pytest.mark.parametrize(
+    ("name", "crops", "tokens"),
+    [
+        ("mid", 1, 576),
+        # 48 x 48 patches of four tiles, a newline for each row, and the overview.
+        ("llava-next-7b", 5, 576 + 48 * 49),
+        # 81 x 81 patches of nine tiles: just what anyres_max_9 allows.
+        ("onevision-7b", 10, 729 + 81 * 82),
+    ],
+)
+def test_shapes_have_the_stated_tokens(name: str, crops: int, tokens: int) -> None:
     """On the meta device, so that 7B models cost nothing."""
-    from mmlm_efficient.families import family_of
-
-    for name, tokens in (("mid", 576), ("llava-next-7b", 576 + 48 * 49)):
-        shape = shapes.SHAPES[name]
-        with torch.device("meta"):
-            model = shape.model_class(shape.config())
-        family = family_of(model)
-        side = model.config.vision_config.image_size
-        inputs: dict[str, Any] = {"pixel_values": torch.empty(1, 3, side, side)}
-        if name != "mid":
-            inputs["image_sizes"] = torch.tensor([shape.picture_hw])
-            inputs["pixel_values"] = torch.empty(1, 5, 3, side, side)
-        (visual,) = family.visuals(inputs)
-        assert family.tokens_of(visual) == tokens
+    shape = shapes.SHAPES[name]
+    with torch.device("meta"):
+        model = shape.model_class(shape.config())
+    side = model.config.vision_config.image_size
+    inputs: dict[str, Any] = {"pixel_values": torch.empty(1, 3, side, side)}
+    if crops > 1:
+        inputs["image_sizes"] = torch.tensor([shape.picture_hw])
+        inputs["pixel_values"] = torch.empty(1, crops, 3, side, side)
+    family = family_of(model)
+    (visual,) = family.visuals(inputs)
+    assert family.tokens_of(visual) == tokens

@@ -285,6 +285,40 @@ def test_methods_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,000 held-out scenes, 6,500 questions" in table
 
 
+def test_full_table_of_the_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    assert readme_tables.pocket_methods_full() == readme_tables.fastv_layers() == ""
+    kind = {"accuracy": 0.5}
+    row = {
+        "method": "fastv:layer=1",
+        "keep_ratio": 0.25,
+        "overall": {"accuracy": 0.8, "interval": [0.78, 0.82]},
+        "kinds": {"list": kind, "where_is": kind, "how_many": kind},
+        "mean_decoder_tokens": 54.0,
+        "final_tokens": 36.0,
+        "prefill_ms": 8.04,
+        "kv_bytes": 2048,
+    }
+    one = {"method": "fastv:layer=1", "keep_ratio": 0.25}
+    result = {
+        **HEAD,
+        "scenes": 1000,
+        "questions": 6500,
+        "timing": "One prompt",
+        "rows": [row],
+        "to_random": [{**one, "difference": 0.168}],
+        "to_random_at_equal_tokens": [{**one, "difference": -0.012}],
+    }
+    for name in ("pocket_methods", "pocket_fastv_layers"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    table = readme_tables.pocket_methods_full()
+    want = "| fastv:layer=1 | 25 % | 80.0 % (78.0 to 82.0) | +16.8 | -1.2 | 54.0 | 36 | 8.0 | 2 |"
+    assert want in table
+    layers = readme_tables.fastv_layers()
+    assert "| `FastV(keep_ratio=0.25, layer=1)` | 54 | 80.0 % | 50.0 %" in layers
+
+
 def test_cost_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
