@@ -200,14 +200,15 @@ def _differences(
 def _at_equal_tokens(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Accuracy of every case less that of random pruning with as many tokens per decoder layer.
 
-    Random's accuracy between its budgets is interpolated over the logarithm of the tokens.
+    Random's accuracy between its budgets is interpolated over the logarithm of the tokens; with
+    fewer than two budgets of random there is too little to go by.
     """
     known = sorted(
         (row["mean_decoder_tokens"], row["overall"]["accuracy"])
         for row in rows
         if row["method"] in ("random", NoPruning.name)
     )
-    if len(known) < 2:
+    if len(known) < 3:
         return []
     tokens = np.log2([count for count, _ in known])
     accuracy = [share for _, share in known]

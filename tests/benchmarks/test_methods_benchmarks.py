@@ -87,13 +87,15 @@ def test_equal_tokens_by_hand() -> None:
     rows = [
         row("none", 1.0, 128, 0.9),
         row("random", 0.25, 32, 0.5),
+        row("random", 0.1, 24, 0.3),
         row("fastv", 0.25, 64, 0.8),
         row("divprune", 0.1, 16, 0.4),
     ]
-    # Halfway between 32 and 128 tokens on a logarithmic scale: 0.7. Below 32 nothing is known.
+    # Halfway between 32 and 128 tokens on a logarithmic scale: 0.7. Below 24 nothing is known.
     (one,) = pocket_methods._at_equal_tokens(rows)
     assert one["method"] == "fastv"
     assert one["difference"] == pytest.approx(0.1)
+    assert pocket_methods._at_equal_tokens([rows[0], rows[1], rows[3]]) == []
 
 
 def test_prefill_counts_the_pruning_before_the_decoder() -> None:
