@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.common import (
     interleaved,
+    json_file,
     machine_line,
     positive,
     provenance,
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: mmlm bench calibration --out outputs/calibration_bench.json",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=json_file, help="JSON file to write")
     parser.add_argument("--model", default="pocket", help="pocket, or a folder of the same kind")
     parser.add_argument("--samples", type=positive, default=30, help="default 30")
     parser.add_argument("--evaluations", type=positive, default=50, help="default 50")

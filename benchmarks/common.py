@@ -240,6 +240,16 @@ def positive(text: str) -> int:
     return value
 
 
+def json_file(text: str) -> Path:
+    """The path of a result file, for argparse: refused now rather than after the work."""
+    path = Path(os.path.expanduser(text))
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"must end in '.json', got {text}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give the path of a file")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

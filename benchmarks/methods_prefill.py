@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import (
     interleaved,
+    json_file,
     machine_line,
     peak_tensor_bytes,
     positive,
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = [name for name in case_names() if name != UNTUNED]
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=json_file, help="JSON file to write")
     parser.add_argument("--shape", choices=list(SHAPES), default="mid", help="default mid")
     parser.add_argument(
         "--methods",

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.chart import methods_chart
-from benchmarks.common import interleaved, machine_line, positive, provenance, timed, write_json
+from benchmarks.common import (
+    interleaved,
+    json_file,
+    machine_line,
+    positive,
+    provenance,
+    timed,
+    write_json,
+)
 from benchmarks.intervals import Scores, paired, row_figures
 from benchmarks.pocket_accuracy import (
     MAX_NEW_TOKENS,
@@ -445,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     names = case_names()
-    parser.add_argument("--out", type=Path, help="JSON file to write, a chart beside it")
+    parser.add_argument("--out", type=json_file, help="JSON file to write, a chart beside it")
     parser.add_argument("--model", default="pocket", help="pocket, or a folder of the same kind")
     parser.add_argument("--scenes", "--limit", type=positive, default=1000, help="default 1000")
     parser.add_argument(

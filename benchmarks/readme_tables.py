@@ -412,6 +412,8 @@ def _linked(paper: str) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
     value = field.get_default()
     return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value!r}`"
 

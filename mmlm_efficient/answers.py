@@ -83,6 +83,7 @@ class Answer:
                 "grid": list(image.grid),
                 "kept": image.kept.tolist(),
                 "per_station": dict(image.per_station),
+                "mean_decoder_tokens": image.mean_decoder_tokens,
             }
             for image in self.report.images
         ]

@@ -154,6 +154,8 @@ def _check_target(target: Path) -> None:
     """Refuse now what could not be written after the search."""
     if target.suffix.lower() not in (".yaml", ".yml"):
         raise SettingsError(f"--out {target}: must end in '.yaml'.")
+    if target.is_dir():
+        raise SettingsError(f"--out {target}: is a folder. Give the path of a YAML file.")
     folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
