@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from mmlm_efficient.cli_paths import check_folder
 from mmlm_efficient.errors import MMLMError, SettingsError, require_extra
 
 app = typer.Typer(
@@ -156,13 +156,4 @@ def _check_target(target: Path) -> None:
         raise SettingsError(f"--out {target}: must end in '.yaml'.")
     if target.is_dir():
         raise SettingsError(f"--out {target}: is a folder. Give the path of a YAML file.")
-    folder = target.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MMLMError(
-            f"--out {target}: {folder} takes no new files ({error.strerror or error}). Give "
-            "another path."
-        ) from error
+    check_folder(f"--out {target}", target.parent)

@@ -93,7 +93,6 @@ def test_saved_once_it_is_a_folder_of_transformers(
 
 
 def test_quantized(whole: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     model = load(whole, quantization="int8").model
     verify_quantized(model, "int8", skipped_modules(model.config))
 

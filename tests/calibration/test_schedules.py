@@ -142,7 +142,6 @@ def test_what_makes_no_profile_is_an_error_of_the_project() -> None:
 def test_the_command_says_what_was_resumed_and_what_is_really_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("optuna")
     from mmlm_efficient import cli
     from mmlm_efficient.calibration import vflowopt as module
 

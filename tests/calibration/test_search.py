@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from PIL import Image
@@ -16,9 +17,6 @@ from PIL import Image
 from mmlm_efficient.calibration.search import SearchResult, plot_search, search
 from mmlm_efficient.calibration.search_log import Evaluation
 from mmlm_efficient.errors import MissingExtraError, SettingsError, UnsupportedError
-
-optuna = pytest.importorskip("optuna")
-pytest.importorskip("scipy")
 
 TARGET = (0.3, 0.85, 0.55, 0.4, 0.5)
 WEIGHTS = (3.0, 2.0, 1.0, 0.6, 0.4)
@@ -360,7 +358,6 @@ def test_progress_shows_the_best_value(capsys: pytest.CaptureFixture[str], tmp_p
 
 @pytest.mark.parametrize("n_parameters", [1, 5, 7])
 def test_plot_is_written(n_parameters: int, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     space = {f"$p_{n}": (0.0, 1.0) for n in range(n_parameters)}
     result = search(lambda p: sum(p.values()), space, 6, 4, progress=False)
     path = tmp_path / "plots" / "search.png"

@@ -37,8 +37,6 @@ from mmlm_efficient.pruning.vflowopt_plan import achieved_ratio, segments
 from tests import tiny, tiny_families
 from tests.tiny_processor import tiny_processor
 
-pytest.importorskip("optuna")
-
 LAYERS = (2, 4)
 LENGTHS = segments(LAYERS, 6)
 THETA = {

@@ -148,7 +148,6 @@ def test_saved_once_it_is_a_folder_of_transformers(tmp_path: Path) -> None:
 
 
 def test_quantized(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     stock = source("llava", "llama")
     folder = write(tmp_path, original_names(stock), original_settings(stock, "llava"))
     skip = skipped_modules(original_config(folder))
