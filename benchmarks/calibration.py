@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    add_machine_options,
     interleaved,
     json_file,
     machine_line,
@@ -207,8 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluations", type=positive, default=50, help="default 50")
     parser.add_argument("--budget", type=float, default=0.25, help="default 0.25")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; default 5")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add_machine_options(parser)
     return parser
 
 

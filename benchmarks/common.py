@@ -240,6 +240,12 @@ def positive(text: str) -> int:
     return value
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Where a benchmark runs, as its last options."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+
+
 def json_file(text: str) -> Path:
     """The path of a result file, for argparse: refused now rather than after the work."""
     path = Path(os.path.expanduser(text))

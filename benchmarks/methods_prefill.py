@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
+    add_machine_options,
     interleaved,
     json_file,
     machine_line,
@@ -177,8 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; default 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add_machine_options(parser)
     return parser
 
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.chart import accuracy_chart
-from benchmarks.common import machine_line, positive, provenance, write_json
+from benchmarks.common import add_machine_options, machine_line, positive, provenance, write_json
 from benchmarks.intervals import Scores, paired, row_figures
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.errors import MMLMError
@@ -330,8 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.125])
     parser.add_argument("--position-ids", nargs="+", choices=POSITIONS, default=list(POSITIONS))
     parser.add_argument("--batch-size", type=positive, default=32, help="scenes per batch")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add_machine_options(parser)
     return parser
 
 

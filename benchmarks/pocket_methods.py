@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.chart import methods_chart
 from benchmarks.common import (
+    add_machine_options,
     interleaved,
     json_file,
     machine_line,
@@ -473,8 +474,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--batch-size", type=positive, default=32, help="scenes per batch")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds of timing; default 5")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+    add_machine_options(parser)
     return parser
 
 
