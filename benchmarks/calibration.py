@@ -20,17 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    add_machine_options,
-    interleaved,
-    json_file,
-    machine_line,
-    positive,
-    provenance,
-    ratio,
-    summary,
-    write_json,
-)
+from benchmarks.common import add_machine_options, interleaved, json_file, positive, ratio, summary
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.calibration.data import Sample, find_samples
 from mmlm_efficient.calibration.vflowopt import (
@@ -42,6 +32,8 @@ from mmlm_efficient.calibration.vflowopt import (
     optimize_profile,
     remembered,
 )
+from mmlm_efficient.files import write_json
+from mmlm_efficient.machine import machine_line, provenance
 from mmlm_efficient.pruning.vflowopt import VFlowOpt
 from mmlm_efficient.pruning.vflowopt_plan import default_stage_layers, segments
 

@@ -1,4 +1,4 @@
-"""What all benchmarks need: the machine in words, fair timing, peak memory, whole files."""
+"""What all benchmarks need: fair timing, peak memory of tensors, arguments."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,65 +21,6 @@ from tqdm import tqdm
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-MIB = 2**20
-
-
-# -- where and with what ---------------------------------------------------------------------
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Date, versions and hardware, for the head of every result file."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": _versions(),
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("mmlm-efficient", "torch", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine: processor, cores, memory, and the accelerator if one is used."""
-    described: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": device.type,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        described["gpu"] = properties.name
-        described["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
-        described["cuda"] = torch.version.cuda
-    return described
-
-
-def machine_line(result: Mapping[str, Any]) -> str:
-    """Hardware, threads and date of a result in one line."""
-    machine = result["hardware"]
-    where = machine.get("gpu") or f"{machine['cpu']} ({machine['cpu_capability']})"
-    threads = "" if "gpu" in machine else f", {result['threads']} thread(s)"
-    return f"{where}{threads}, torch {result['versions']['torch']}, {result['date'][:10]}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 # -- time ------------------------------------------------------------------------------------
@@ -192,36 +130,6 @@ def peak_tensor_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return int(max(total for _, total, _ in totals) - (first_total - first_bytes))
 
 
-def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
-    """Most resident memory of this process during a call, beyond what it had before.
-
-    What the operating system saw, work space of libraries included; it depends on what the
-    process did before, so give every case a fresh process. None where Linux's high-water mark
-    cannot be reset.
-    """
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return None
-    before, mark = _status_bytes("VmRSS"), _status_bytes("VmHWM")
-    if before is None or mark is None or mark > before + MIB:
-        return None
-    call()
-    peak = _status_bytes("VmHWM")
-    return None if peak is None else peak - before
-
-
-def _status_bytes(field: str) -> int | None:
-    """A memory figure of this process, bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * 1024 if found else None
-
-
 def in_fresh_process(call: Callable[..., T], *args: Any) -> T:
     """Run a function of a module in a new process; arguments and result must pickle."""
     context = multiprocessing.get_context("spawn")
@@ -254,22 +162,6 @@ def json_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give the path of a file")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def write_json(path: Path, result: Any) -> None:
-    """Write a result file, readable by people too."""
-    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

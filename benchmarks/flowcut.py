@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine_line, positive, provenance, write_json
+from benchmarks.common import positive
 from benchmarks.exactness import measure_exactness
 from benchmarks.models import SMALL_DECODER, SMALL_TOWER, DecoderSize, TowerSize
 from benchmarks.prefill import PrefillPlan, measure_prefill
 from benchmarks.tower import TowerPlan, measure_tower
 from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import check_device
+from mmlm_efficient.machine import machine_line, provenance
 
 PARTS = ("tower", "exactness", "prefill")
 # With 576 visual tokens: the 663-token prompt of the paper's FLOP count.

@@ -21,12 +21,9 @@ from benchmarks.common import (
     add_machine_options,
     interleaved,
     json_file,
-    machine_line,
     peak_tensor_bytes,
     positive,
-    provenance,
     summary,
-    write_json,
 )
 from benchmarks.pocket_methods import (
     UNTUNED,
@@ -38,6 +35,8 @@ from benchmarks.pocket_methods import (
 )
 from benchmarks.shapes import SHAPES, random_inputs, random_model
 from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.files import write_json
+from mmlm_efficient.machine import machine_line, provenance
 from mmlm_efficient.prepare import LMMParts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -23,11 +23,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.chart import accuracy_chart
-from benchmarks.common import add_machine_options, machine_line, positive, provenance, write_json
+from benchmarks.common import add_machine_options, positive
 from benchmarks.intervals import Scores, paired, row_figures
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
+from mmlm_efficient.machine import machine_line, provenance
 from mmlm_efficient.pocket.questions import IMAGE_KINDS, Question, is_right, questions
 from mmlm_efficient.pocket.scenes import Scene, rng_of, scene
 from mmlm_efficient.prompts import preprocess

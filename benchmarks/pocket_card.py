@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import positive, provenance, write_json
+from benchmarks.common import positive
 from benchmarks.intervals import wilson
 from mmlm_efficient import load
 from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
+from mmlm_efficient.machine import provenance
 from mmlm_efficient.pocket.evaluate import evaluate_videos
 from mmlm_efficient.pocket.train import write_card
 

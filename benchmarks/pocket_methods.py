@@ -24,16 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.chart import methods_chart
-from benchmarks.common import (
-    add_machine_options,
-    interleaved,
-    json_file,
-    machine_line,
-    positive,
-    provenance,
-    timed,
-    write_json,
-)
+from benchmarks.common import add_machine_options, interleaved, json_file, positive, timed
 from benchmarks.intervals import Scores, paired, row_figures
 from benchmarks.pocket_accuracy import (
     MAX_NEW_TOKENS,
@@ -47,7 +38,9 @@ from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.answers import kv_bytes
 from mmlm_efficient.encoding import Encoded, encode
 from mmlm_efficient.errors import MMLMError
+from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
+from mmlm_efficient.machine import machine_line, provenance
 from mmlm_efficient.pocket.questions import IMAGE_KINDS, is_right
 from mmlm_efficient.pocket.scenes import Scene, scene
 from mmlm_efficient.prepare import LMMParts, prepare

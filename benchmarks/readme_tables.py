@@ -25,8 +25,10 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from benchmarks.common import MIB, RESULTS, ROOT, machine_line, read_json, write_text
+from benchmarks.common import RESULTS, ROOT, read_json
 from mmlm_efficient.families import FAMILIES
+from mmlm_efficient.files import write_text
+from mmlm_efficient.machine import MIB, machine_line
 from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.registry import METHODS
 from mmlm_efficient.pruning.support import matrix

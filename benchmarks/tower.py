@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.common import (
     in_fresh_process,
     interleaved,
-    peak_resident_bytes,
     peak_tensor_bytes,
     ratio,
     summary,
@@ -21,6 +20,7 @@ from benchmarks.common import (
 )
 from benchmarks.models import SMALL_DECODER, TowerSize, described, random_images, random_llava
 from mmlm_efficient.families.llava import Llava
+from mmlm_efficient.machine import peak_resident_bytes
 from mmlm_efficient.prepare import LMMParts
 from mmlm_efficient.pruning.base import TowerJob
 from mmlm_efficient.pruning.flowcut import FlowCut

@@ -41,6 +41,14 @@ class ModelLoadError(MMLMError, OSError):
     """A model cannot be found or loaded."""
 
 
+class DataError(MMLMError, ValueError):
+    """A task or its data set cannot be used: missing, damaged, or not what the task says."""
+
+
+class RunError(MMLMError, RuntimeError):
+    """A run could not be finished; what it had finished is kept."""
+
+
 class MissingExtraError(MMLMError, ImportError):
     """An optional dependency is not installed."""
 

@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from benchmarks import common
-from benchmarks.common import (
-    interleaved,
-    peak_resident_bytes,
-    peak_tensor_bytes,
-    positive,
-    provenance,
-    ratio,
-    summary,
-    write_json,
-)
+from benchmarks.common import interleaved, peak_tensor_bytes, positive, ratio, summary
+from mmlm_efficient.files import write_json
+from mmlm_efficient.machine import peak_resident_bytes, provenance
 
 CPU = torch.device("cpu")
 ELEMENTS = 1 << 20
