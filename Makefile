@@ -38,9 +38,11 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[plots]"
 	@touch $@
 
-# What tests, linters and benchmarks need on top.
+# What tests, linters and benchmarks need on top. lmms-eval comes without its dependencies: they
+# would bring another torch; those that local tasks need are in the extra lmms-eval-slim.
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install -c constraints.txt --no-deps lmms-eval
 	@touch $@
 
 demo: $(VENV)/.core ## the pocket model answers with and without pruning, and draws what it kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Z_95 = 1.959964
+from eval import statistics
+
 RESAMPLES = 2000
 Counts = npt.NDArray[np.int64]
 
@@ -63,17 +63,13 @@ def row_figures(scores: Scores, base: Scores, kinds: Sequence[str]) -> dict[str,
 
 
 def wilson(right: int, asked: int) -> list[float]:
-    """Wilson's 95 % interval of a share of independent answers.
+    """Wilson's 95 % interval of a share of independent answers, to 4 places.
 
     Example:
         >>> wilson(8, 10)
         [0.4902, 0.9433]
     """
-    share, spread = right / asked, Z_95**2 / asked
-    middle = share + spread / 2
-    half = Z_95 * math.sqrt(share * (1 - share) / asked + spread / (4 * asked))
-    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return [round(max(0.0, low), 4), round(min(1.0, high), 4)]
+    return [round(end, 4) for end in statistics.wilson(right, asked)]
 
 
 def bootstrap(values: Counts, asked: Counts) -> list[float]:

@@ -67,12 +67,23 @@ class Task(Protocol):
         source: where it comes from, in words, for reports.
     """
 
-    name: str
-    version: str
-    metrics: tuple[Metric, ...]
-    data_sha: str
-    ids: Sequence[str]
-    source: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+
+    @property
+    def data_sha(self) -> str: ...
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def source(self) -> str: ...
 
     def sample(self, id: str) -> Sample:
         """One sample with its media; raises DataError or MediaError if they cannot be read."""

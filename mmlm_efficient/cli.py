@@ -18,6 +18,7 @@ from rich.text import Text
 
 from mmlm_efficient.cli_bench import BENCH, bench, train_app
 from mmlm_efficient.cli_calibrate import app as calibrate_app
+from mmlm_efficient.cli_eval import app as eval_app
 from mmlm_efficient.cli_paths import checked_png
 from mmlm_efficient.errors import MMLMError, SettingsError, require_extra
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(eval_app, name="eval")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 

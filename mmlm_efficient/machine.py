@@ -20,11 +20,16 @@ _PACKAGES = ("mmlm-efficient", "torch", "transformers", "numpy")
 def provenance(device: torch.device) -> dict[str, Any]:
     """Date, versions and hardware, for the head of every result file."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now_text(),
         "versions": versions(),
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def now_text() -> str:
+    """Date and time in words, UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def versions() -> dict[str, str]:

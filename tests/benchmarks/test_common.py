@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import common
 from benchmarks.common import interleaved, peak_tensor_bytes, positive, ratio, summary
-from mmlm_efficient.files import write_json
-from mmlm_efficient.machine import peak_resident_bytes, provenance
 
 CPU = torch.device("cpu")
 ELEMENTS = 1 << 20
@@ -58,45 +54,6 @@ def test_peak_of_tensors_is_exact() -> None:
     # A few bytes more for the two scalars.
     assert 2 * BYTES <= peak_tensor_bytes(call, CPU) < 2 * BYTES + 64
     assert peak_tensor_bytes(lambda: None, CPU) == 0
-
-
-def test_resident_peak_sees_at_least_what_is_touched() -> None:
-    peak = peak_resident_bytes(lambda: torch.ones(32 * ELEMENTS).sum())
-    if peak is None:
-        pytest.skip("the high-water mark cannot be reset here")
-    assert 0.9 * 32 * BYTES < peak < 1.5 * 32 * BYTES
-
-
-def test_resident_peak_is_none_where_it_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_status_bytes", lambda field: None)
-    assert peak_resident_bytes(lambda: None) is None
-
-
-def test_provenance_names_the_machine() -> None:
-    head = provenance(CPU)
-    assert head["hardware"]["cpu"]
-    assert head["hardware"]["device"] == "cpu"
-    assert head["versions"]["torch"] == torch.__version__
-    assert head["threads"] == torch.get_num_threads()
-    line = common.machine_line(head)
-    assert head["hardware"]["cpu"] in line
-    assert head["date"][:10] in line
-
-
-def test_a_result_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "results" / "one.json"
-    write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-    def broken(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common.os, "replace", broken)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_positive() -> None:

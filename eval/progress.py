@@ -1,0 +1,71 @@
+"""The progress bar of a task: answers done, time left, and how each row stands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.record import Record
+from eval.task import Task
+
+_ROWS_SHOWN = 4
+
+
+class TaskBar:
+    """Counts a task's records on standard error; silent where that is no terminal.
+
+    Args:
+        task: names the bar; its first metric is the running figure.
+        total: records that the task will have.
+        before: records of an earlier run that this one goes on with.
+    """
+
+    def __init__(self, task: Task, total: int, before: Iterable[Record]) -> None:
+        self._metric = task.metrics[0].name
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._failed = 0
+        before = [one for one in before if one["ok"]]
+        self._bar: Any = tqdm(
+            total=total,
+            initial=len(before),
+            desc=task.name,
+            unit="answer",
+            file=sys.stderr,
+            disable=None,
+        )
+        self._count(before)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count new records."""
+        records = list(records)
+        self._count(records)
+        self._bar.update(len(records))
+
+    def _count(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if not record["ok"]:
+                self._failed += 1
+                continue
+            item = record["scores"].get(self._metric)
+            if isinstance(item, int | float):
+                total, count = self._sums.get(record["row"], (0.0, 0))
+                self._sums[record["row"]] = (total + item, count + 1)
+        self._bar.set_postfix_str(self.standing(), refresh=False)
+
+    def standing(self) -> str:
+        """The running means, such as "none 93.8 %, flowcut:36 90.1 %"."""
+        means = [
+            f"{row} {100 * total / count:.1f} %" if total <= count else f"{row} {total / count:.1f}"
+            for row, (total, count) in self._sums.items()
+        ]
+        shown = means[:_ROWS_SHOWN] + ["..."] * (len(means) > _ROWS_SHOWN)
+        return ", ".join(shown + [f"{self._failed} failed"] * (self._failed > 0))
+
+    def __enter__(self) -> TaskBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,251 @@
+"""Reports as one HTML file: everything inside, nothing fetched, readable offline and on a phone.
+
+Jinja escapes all that comes from data; only the charts, whose text matplotlib escapes, go in as
+they are. A content security policy in the page forbids requests and any script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from eval.charts import AGAINST, chart_svg
+from eval.overlays import FORMAT
+from eval.report_summary import caveats, provenance, summary, title
+from eval.report_view import (
+    Report,
+    TaskResult,
+    by_run,
+    group_table,
+    overview_table,
+    task_table,
+)
+from eval.report_words import DASH, duration, file_name, in_words, plural
+
+TEMPLATES = Path(__file__).parent / "templates"
+OVERLAYS = 6  # per task
+OVERLAY_BYTES = 16 * 2**20  # of all overlays together
+_PNG_BYTES = 40_000  # what is larger as PNG goes in as JPEG
+_WIDE_PX = 330
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one row kept of a sample and answered to it."""
+
+    row: str
+    uri: str
+    alt: str
+    tokens: str
+    answer: str | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """A sample with the answers of all rows."""
+
+    question: str
+    target: str
+    pictures: tuple[Picture, ...]
+    wide: bool
+
+
+def page(template: str, **context: Any) -> str:
+    """A page from its template, with style and script inside.
+
+    Args:
+        template: file in `templates/`.
+        context: what the template names; "title" and "meta" for all of them.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: DASH if value is None else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return environment.get_template(template).render(
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=Markup(f"sha256-{digest}"),
+        **context,
+    )
+
+
+def report_html(folder: Path, report: Report, *, charts: bool, notes: Sequence[str] = ()) -> str:
+    """The HTML of a report.
+
+    Args:
+        folder: of the report, where the overlays are.
+        report: see `report.write_report`.
+        charts: draw them; matplotlib is there.
+        notes: what else a reader has to know.
+    """
+    overlays = Overlays(folder)
+    runs, sections = by_run(report), []
+    for number, task in enumerate(report["tasks"]):
+        sections.append(_section(task, number, len(runs) > 1, charts, overlays))
+    overviews = [
+        {"run": run, "table": table}
+        for run, tasks in runs.items()
+        if (table := overview_table(tasks)) is not None
+    ]
+    facts = [report.get("date"), duration(report["seconds"]) if report.get("seconds") else None]
+    return page(
+        "report.html.jinja",
+        title=title(report),
+        meta=" · ".join(str(one) for one in facts if one),
+        errors=[{"run": "", **one} for one in report.get("errors") or []],
+        summary=summary(report),
+        notes=[*notes, *caveats(report), *overlays.notes],
+        overviews=overviews,
+        sections=sections,
+        provenance=provenance(report),
+        config=config_yaml(report),
+    )
+
+
+def config_yaml(report: Report) -> str:
+    """The configuration of a report as YAML."""
+    # By way of JSON: what YAML cannot write, such as a path, is not in the file either.
+    config = json.loads(json.dumps(report.get("config") or {}, default=str))
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def about(task: TaskResult) -> str:
+    """What a task is, in one line."""
+    direction = "higher" if task.get("higher_is_better", True) else "lower"
+    facts = [
+        plural(int(task.get("samples") or 0), "sample"),
+        f"{task['metric']}, {direction} is better",
+        task.get("source"),
+        f"paper: {task['expected_source']}" if task.get("expected_source") else None,
+    ]
+    return " · ".join(str(one) for one in facts if one)
+
+
+def heading(task: TaskResult, several_runs: bool) -> str:
+    """Name of a task's section."""
+    return f"{task['run']}: {task['task']}" if several_runs else str(task["task"])
+
+
+def failures_title(task: TaskResult) -> str:
+    """How many failed, and how many of them are listed."""
+    listed = len(task.get("failures") or ())
+    failed = max(listed, sum(row.get("failed") or 0 for row in task["rows"]))
+    more = f", the first {listed} of them" if failed > listed else ""
+    return f"{plural(failed, 'failed answer')}{more}"
+
+
+def _section(
+    task: TaskResult, number: int, several_runs: bool, charts: bool, overlays: Overlays
+) -> dict[str, Any]:
+    drawn = [chart_svg(task, one, f"t{number}{one}") for one in AGAINST] if charts else []
+    return {
+        "anchor": f"task-{number}",
+        "heading": heading(task, several_runs),
+        "about": about(task),
+        "table": task_table(task),
+        "charts": [Markup(one) for one in drawn if one is not None],
+        "groups": group_table(task),
+        "samples": overlays.of(task),
+        "failures": task.get("failures") or [],
+        "failures_title": failures_title(task),
+    }
+
+
+# -- overlays -----------------------------------------------------------------------------------
+
+
+class Overlays:
+    """The drawings of samples beside a report, up to a size that a page can bear.
+
+    Args:
+        folder: of the report.
+
+    Attributes:
+        notes: what is missing and why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        self._left = OVERLAY_BYTES
+
+    def of(self, task: TaskResult) -> list[SampleView]:
+        """The first few samples of a task."""
+        files = overlay_files(self.folder, task)
+        shown: list[SampleView] = []
+        for number, file in enumerate(files):
+            if number >= OVERLAYS or self._left <= 0:
+                where = files[0].parent.relative_to(self.folder)
+                self.notes.append(
+                    f"{task['task']}: {len(files) - number} more drawings of samples in {where}."
+                )
+                break
+            try:
+                shown.append(self._read(file))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                name = file.relative_to(self.folder)
+                self.notes.append(f"{name}: the drawing cannot be read ({error}).")
+        return shown
+
+    def _read(self, file: Path) -> SampleView:
+        """A drawing by its side file, cut into the pictures of its rows."""
+        side = json.loads(file.read_text(encoding="utf-8"))
+        if side["format"] != FORMAT:
+            raise ValueError(f"format {side['format']}, expected {FORMAT}")
+        answers: Mapping[str, str] = side["answers"]
+        stock, pictures, widest = answers.get("none"), [], 0
+        with Image.open(file.with_suffix(".png")) as sheet:
+            for panel in side["panels"]:
+                row, box = panel["row"], panel["box"]
+                uri = ""
+                if box is not None:
+                    uri = _data_uri(sheet.crop(box))
+                    widest = max(widest, box[2] - box[0])
+                self._left -= len(uri)
+                answer = answers.get(row)
+                changed = None not in (answer, stock) and answer != stock
+                tokens = panel["tokens"]
+                alt = f"{row}: {tokens}" if tokens else row
+                pictures.append(Picture(row, uri, alt, tokens, answer, changed))
+        target = "" if side["target"] is None else in_words(side["target"])
+        return SampleView(side["question"], target, tuple(pictures), widest > _WIDE_PX)
+
+
+def overlay_files(folder: Path, task: TaskResult) -> list[Path]:
+    """The side files of a task's drawings, in the order of the samples."""
+
+    def order(file: Path) -> tuple[int, str]:
+        number = file.name.partition("-")[0]
+        return int(number) if number.isdigit() else 2**31, file.name
+
+    return sorted(
+        (folder / task["run"] / "overlays" / file_name(task["task"])).glob("*.json"), key=order
+    )
+
+
+def _data_uri(picture: Image.Image) -> str:
+    """A picture inside the page: exact if that is small, else as JPEG."""
+    encoded, kind = io.BytesIO(), "png"
+    picture.save(encoded, format="PNG", optimize=True)
+    if encoded.tell() > _PNG_BYTES:
+        encoded, kind = io.BytesIO(), "jpeg"
+        picture.convert("RGB").save(encoded, format="JPEG", quality=88, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"

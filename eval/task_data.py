@@ -1,0 +1,325 @@
+"""Rows of a task's local data file: JSON, CSV or Parquet, checked before anything uses them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from eval.task_yaml import did_you_mean
+from mmlm_efficient.errors import DataError, MediaError, require_extra
+from mmlm_efficient.media import load_image
+
+
+class Rows(Protocol):
+    """A data file.
+
+    Attributes:
+        path: the file.
+        columns: names, in order.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def row(self, position: int) -> dict[str, Any]:
+        """One row; stored pictures are Pillow images, as in lmms-eval.
+
+        Raises:
+            MediaError: a stored picture cannot be read.
+        """
+        ...
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column; None where there is none."""
+        ...
+
+    def first_empty(self, name: str) -> int | None:
+        """Position of the first row without a value in this column."""
+        ...
+
+    def place(self, position: int) -> str:
+        """File and line of a row, for messages."""
+        ...
+
+
+def read_rows(kind: str, path: Path) -> Rows:
+    """Read a data file.
+
+    Args:
+        kind: "json" (an array, or one object a line), "csv" or "parquet".
+        path: of the file.
+
+    Raises:
+        DataError: missing, empty, cut off, damaged, or without rows.
+        MissingExtraError: a Parquet file, and pyarrow is not installed.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder. Give one {kind} file under data_files.")
+    if not path.is_file():
+        others = [other.name for other in path.parent.glob("*") if other.is_file()]
+        raise DataError(
+            f"{path}: there is no such data file.{did_you_mean(path.name, others)} Check "
+            "data_files; its paths are relative to the task's YAML."
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty (0 bytes). Get it again from where it came from.")
+    rows: Rows = ParquetRows(path) if kind == "parquet" else _TEXT_READERS[kind](path)
+    if len(rows) == 0:
+        raise DataError(f"{path}: has no rows. A task needs at least one.")
+    return rows
+
+
+def require_column(rows: Rows, name: str, wanted_by: str) -> None:
+    """Check that a column is there and has a value in every row.
+
+    Args:
+        rows: of the data file.
+        name: of the column.
+        wanted_by: the key of the task's YAML that names it.
+
+    Raises:
+        DataError: it is missing, or a row has no value.
+    """
+    if name not in rows.columns:
+        raise DataError(
+            f"{rows.path}: has no column '{name}', which {wanted_by} names. Its columns: "
+            f"{', '.join(rows.columns)}.{did_you_mean(name, rows.columns)}"
+        )
+    empty = rows.first_empty(name)
+    if empty is not None:
+        raise DataError(
+            f"{rows.place(empty)}: no value in column '{name}', which {wanted_by} names. "
+            "Fill it in or remove the row."
+        )
+
+
+class ListRows:
+    """Rows of a text file."""
+
+    def __init__(
+        self, path: Path, rows: Sequence[dict[str, Any]], lines: Sequence[int] | None
+    ) -> None:
+        """Take rows that may lack some keys.
+
+        Args:
+            path: of the file.
+            rows: name of column to value.
+            lines: line of each row, from 1; None where a row has no line of its own.
+        """
+        self.path = path
+        self.columns = tuple(dict.fromkeys(key for row in rows for key in row))
+        self._rows = rows
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, position: int) -> dict[str, Any]:
+        row = self._rows[position]
+        return {name: row.get(name) for name in self.columns}
+
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self._rows]
+
+    def first_empty(self, name: str) -> int | None:
+        return next((at for at, row in enumerate(self._rows) if row.get(name) is None), None)
+
+    def place(self, position: int) -> str:
+        if self._lines is None:
+            return f"{self.path}, entry {position + 1}"
+        return f"{self.path}, line {self._lines[position]}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not UTF-8 text (byte {error.start:,}). Is it of another kind than "
+            "dataset_path says?"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def _json_rows(path: Path) -> ListRows:
+    text = _text(path)
+    if text.lstrip()[:1] == "[":
+        return _json_array(path, text)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            last = number == lines[-1][0]
+            kind = "the last line, is cut off or" if last else "is"
+            raise DataError(
+                f"{path}, line {number}: {kind} not JSON ({error.msg}, column {error.colno}). "
+                + (
+                    "The file was not copied or written to its end: get it again."
+                    if last
+                    else "Every line must be one JSON object."
+                )
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: is not a JSON object but {line[:40]!r}.")
+        rows.append(row)
+    return ListRows(path, rows, [number for number, _ in lines])
+
+
+def _json_array(path: Path, text: str) -> ListRows:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}: is not JSON, or cut off ({error.msg}, column "
+            f"{error.colno}). Get it again from where it came from."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, entry {number}: is not a JSON object but {row!r:.40}.")
+    return ListRows(path, rows, None)
+
+
+# What pandas, and with it lmms-eval, takes for no value in a CSV.
+_NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"}
+_NOTHING |= {"1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+_BOOLS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
+_WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*")
+_REAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+def _csv_rows(path: Path) -> ListRows:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    found: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        names = next(reader, [])
+        start = reader.line_num
+        for cells in reader:
+            start, line = reader.line_num, start + 1
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{path}, line {line}: has {len(cells)} cells, the header has {len(names)}. "
+                    "Quote cells that hold commas; a short last line means that the file is cut "
+                    "off."
+                )
+            found.append(cells)
+            lines.append(line)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: is not CSV, or cut off ({error})."
+        ) from error
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: a column name occurs twice in the header: {', '.join(names)}.")
+    columns = [_typed([cells[at] for cells in found]) for at in range(len(names))]
+    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return ListRows(path, rows, lines)
+
+
+def _typed(cells: list[str]) -> list[Any]:
+    """The cells of one column as lmms-eval sees them: numbers or truth values if all are.
+
+    Example:
+        >>> _typed(["7", "NA", "8"]), _typed(["1", "x"]), _typed(["007"])
+        ([7.0, None, 8.0], ['1', 'x'], [7])
+    """
+    known = [cell for cell in cells if cell not in _NOTHING]
+    convert: Any = str
+    if known and all(_WHOLE.fullmatch(cell) for cell in known):
+        # pandas has no whole numbers beside missing ones.
+        convert = int if len(known) == len(cells) else float
+    elif known and all(_REAL.fullmatch(cell) for cell in known):
+        convert = float
+    elif known and all(cell in _BOOLS for cell in known):
+        convert = _BOOLS.__getitem__
+    return [None if cell in _NOTHING else convert(cell) for cell in cells]
+
+
+_TEXT_READERS = {"json": _json_rows, "csv": _csv_rows}
+
+
+class ParquetRows:
+    """Rows of a Parquet file; pictures stay encoded until their row is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file; needs pyarrow.
+
+        Raises:
+            DataError: damaged or cut off.
+            MissingExtraError: pyarrow is not installed.
+        """
+        parquet = require_extra("pyarrow.parquet", "eval")
+        arrow = require_extra("pyarrow", "eval")
+        try:
+            self._table = parquet.read_table(path)
+        except (OSError, ValueError, arrow.ArrowException) as error:
+            raise DataError(
+                f"{path}: is not Parquet, or it is damaged or cut off "
+                f"({' '.join(str(error).split())[:200]}). Get it again from where it came from."
+            ) from error
+        self.path = path
+        self.columns = tuple(self._table.column_names)
+        self._pictures = _picture_columns(self._table.schema.metadata or {})
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def row(self, position: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._table.slice(position, 1).to_pylist()[0]
+        for name in self._pictures:
+            try:
+                row[name] = _decoded(row[name])
+            except MediaError as error:
+                raise MediaError(f"{self.place(position)}, column '{name}': {error}") from error
+        return row
+
+    def column(self, name: str) -> list[Any]:
+        values: list[Any] = self._table.column(name).to_pylist()
+        return values
+
+    def first_empty(self, name: str) -> int | None:
+        column = self._table.column(name)
+        if column.null_count == 0:
+            return None
+        return int(column.is_null().to_pylist().index(True))
+
+    def place(self, position: int) -> str:
+        return f"{self.path}, row {position + 1}"
+
+
+def _picture_columns(metadata: dict[bytes, bytes]) -> list[str]:
+    """Columns that `datasets` stored as pictures, alone or in lists."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):  # not written by datasets
+        return []
+
+    def is_picture(feature: Any) -> bool:
+        while isinstance(feature, list):
+            feature = feature[0] if feature else None
+        if not isinstance(feature, dict):
+            return False
+        if feature.get("_type") == "Image":
+            return bool(feature.get("decode", True))
+        return is_picture(feature.get("feature"))
+
+    return [name for name, feature in features.items() if is_picture(feature)]
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    if value is None:
+        return None
+    return load_image(value["path"] if value["bytes"] is None else value["bytes"])

@@ -1,0 +1,100 @@
+"""Texts and targets that a task's YAML gives as a column's name or as a Jinja template.
+
+Rendered as lmms-eval does it (`utils.apply_template`, `ConfigurableTask.doc_to_target`).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from eval.task_data import Rows, require_column
+from eval.task_yaml import did_you_mean
+from mmlm_efficient.errors import DataError
+
+
+def _regex_replace(text: str, pattern: str, repl: str, count: int = 0) -> str:
+    """lmms-eval's only filter of its own."""
+    return re.sub(pattern, repl, text, count=count)
+
+
+# Undefined names are errors.
+_JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined)
+_JINJA.filters["regex_replace"] = _regex_replace
+
+
+def texts_of(rows: Rows, given: str, key: str) -> list[str]:
+    """The text of every row.
+
+    Args:
+        rows: of the data file.
+        given: name of a column, or a template such as "{{question}} Answer with one word."
+        key: of the task's YAML, for messages.
+
+    Raises:
+        DataError: no such column, a value that is no text, a template that fails.
+    """
+    values = _values(rows, given, key)
+    for position, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(
+                f"{rows.place(position)}: column '{given}' holds {value!r:.40}, which is no text, "
+                f'but {key} needs one. Write it as "{{{{{given}}}}}" to turn it into text.'
+            )
+    return values
+
+
+def targets_of(rows: Rows, given: str, key: str) -> list[Any]:
+    """The right answer of every row; a template that renders a list gives that list.
+
+    Raises:
+        DataError: as `texts_of`, but values of any type are allowed.
+    """
+    values = _values(rows, given, key)
+    return values if given in rows.columns else [_maybe_list(text) for text in values]
+
+
+def _values(rows: Rows, given: str, key: str) -> list[Any]:
+    if given in rows.columns or re.fullmatch(r"\w+", given):
+        require_column(rows, given, key)
+        return rows.column(given)
+    try:
+        template = _JINJA.from_string(given)
+        names = jinja2.meta.find_undeclared_variables(_JINJA.parse(given))
+    except jinja2.TemplateError as error:
+        raise DataError(f"{key}: {given!r:.80} is not a template: {error}") from error
+    used = [name for name in rows.columns if name in names]
+    columns = [rows.column(name) for name in used]
+    texts = []
+    for position in range(len(rows)):
+        row = {name: column[position] for name, column in zip(used, columns, strict=True)}
+        texts.append(_rendered(template, row, f"{rows.place(position)}: {key}", rows, names))
+    return texts
+
+
+def _rendered(
+    template: jinja2.Template, row: dict[str, Any], where: str, rows: Rows, names: set[str]
+) -> str:
+    try:
+        return template.render(**row)
+    except jinja2.UndefinedError as error:
+        missing = sorted(names - {*rows.columns, *_JINJA.globals})
+        hint = did_you_mean(missing[0], rows.columns) if missing else ""
+        raise DataError(
+            f"{where}: {error}. The columns: {', '.join(rows.columns)}.{hint}"
+        ) from error
+    except Exception as error:  # whatever the template does with a value
+        raise DataError(f"{where}: the template fails: {type(error).__name__}: {error}") from error
+
+
+def _maybe_list(text: str) -> Any:
+    if text[:1] == "[" and text[-1:] == "]":
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            return text
+    return text
