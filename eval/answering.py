@@ -15,11 +15,13 @@ import torch
 from eval.engine import Engine, Outcome, failure
 from eval.task import Sample
 from mmlm_efficient import EfficientLMM, load
-from mmlm_efficient.errors import RunError
+from mmlm_efficient.errors import RunError, SettingsError
 from mmlm_efficient.families.base import Fit
+from mmlm_efficient.loading import check_device
 from mmlm_efficient.machine import hardware
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.settings import Config
+from mmlm_efficient.video.sampling import FrameSampling
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Place:
         hardware: of the machine, see `hardware`.
         threads: CPU threads of one process.
         fit: how pictures are made to fit the tower.
+        sampling: which frames of a video are taken.
     """
 
     hardware: Mapping[str, Any]
     threads: int
     fit: Fit
+    sampling: FrameSampling
 
 
 Answered = tuple[Batch, str, list[Outcome]]
@@ -89,7 +93,7 @@ def answer_batch(engine: Engine, batch: Batch) -> Iterator[tuple[str, list[Outco
 
 def place_of(lmm: EfficientLMM) -> Place:
     """Where this process runs a model."""
-    return Place(hardware(lmm.model.device), torch.get_num_threads(), lmm.image_fit)
+    return Place(hardware(lmm.model.device), torch.get_num_threads(), lmm.image_fit, lmm.sampling)
 
 
 class LocalAnswers:
@@ -137,7 +141,9 @@ class RayAnswers:
     ) -> None:
         from eval.ray_pool import RayPool
 
-        gpus = 1.0 if model.device.startswith("cuda") else 0.0
+        device = _worker_device(model.device, address)
+        gpus = 1.0 if device == "cuda" else 0.0
+        model = model.model_copy(update={"device": device})
         self._pool = RayPool(
             functools.partial(_worker, model),
             workers,
@@ -174,6 +180,21 @@ class RayAnswers:
 
     def __exit__(self, *_: object) -> None:
         self._pool.close()
+
+
+def _worker_device(device: str, address: str | None) -> str:
+    """Where each worker has its model; on GPUs each has one of its own.
+
+    Raises:
+        SettingsError: a single GPU for all, or the choice left to machines that are not this one.
+    """
+    if device == "auto" and address is None:
+        return check_device(device).type
+    if device in ("cpu", "cuda"):
+        return device
+    raise SettingsError(
+        f"device {device!r}: with Ray workers, give cpu, or cuda for a GPU of each worker's own."
+    )
 
 
 def _worker(model: Config) -> Callable[[Any], Any]:

@@ -59,18 +59,31 @@ class Point:
 
     @property
     def method(self) -> str:
-        """The row's label without its budgets.
+        """The row's label without its budgets; the points of a method are connected.
 
         Example:
             >>> Point("flowcut:72+fastv:36", 36, 80).method
             'flowcut+fastv'
+            >>> Point("pyramiddrop-192", 192, 80).method
+            'pyramiddrop'
         """
-        return "+".join(part.partition(":")[0] for part in self.label.split("+"))
+        return "+".join(name for name, _ in _parts(self.label))
 
     @property
     def budget(self) -> str:
         """The budgets alone, "72+36"; empty if there are none."""
-        return "+".join(filter(None, (part.partition(":")[2] for part in self.label.split("+"))))
+        return "+".join(budget for _, budget in _parts(self.label) if budget)
+
+
+def _parts(label: str) -> list[tuple[str, str]]:
+    """Names and budgets of the methods in a label, written as name:budget or name-number."""
+    found = []
+    for part in label.split("+"):
+        name, colon, budget = part.partition(":")
+        if not colon and (number := re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)", part)):
+            name, budget = number[1], number[2]
+        found.append((name, budget))
+    return found
 
 
 @dataclass

@@ -185,8 +185,8 @@ def _task_warnings(a: TaskResult, b: TaskResult) -> Iterable[str]:
         )
     sizes = [{row.get("batch_size") for row in task["rows"]} - {None} for task in (a, b)]
     if sizes[0] != sizes[1]:
-        words = [", ".join(f"{one:g}" for one in sorted(found)) or "unknown" for found in sizes]
-        yield f"{a['task']}: batch size {words[0]} and {words[1]}; times do not compare."
+        text = [", ".join(f"{one:g}" for one in sorted(found)) or "unknown" for found in sizes]
+        yield f"{a['task']}: batch size {text[0]} and {text[1]}; times do not compare."
 
 
 def _different(a: Any, b: Any) -> Iterable[tuple[str, Any, Any]]:

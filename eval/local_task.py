@@ -7,8 +7,9 @@ ways; `LocalTask.why_not` says what in a YAML is outside the subset. Only paths 
 those of pictures are relative to the data file, in lmms-eval to the folder it was started in.
 
 Beyond lmms-eval's keys, `metadata` may hold `version`; `id_column`, `group_column` and
-`cluster_column` (see `task.Sample`); `columns`, all that the data must have; and `rows`, how many
-there must be, which finds files that were cut off between two lines.
+`cluster_column` (see `task.Sample`); `columns`, all that the data must have; `rows`, how many there
+must be, which finds files that were cut off between two lines; and `note`, a sentence that reports
+say of the task.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class LocalTask:
         self.alias = str(values.get("task_alias", self.name))
         self._metadata = _metadata(values, self.path)
         self.version = str(self._metadata.get("version", "0"))
-        self.source = source or str(self.path)
+        note = self._metadata.get("note")
+        self.source = "; ".join([source or str(self.path), *([str(note)] if note else [])])
         self._given_source = source
         self._functions = {one: one.load() for one in self._yaml.functions()}
         self.metrics: tuple[Metric, ...] = metrics_of(values, str(self.path))
@@ -137,7 +139,7 @@ class LocalTask:
         return with_media(replace(sample, group=group), self._rows.path.parent, where)
 
     def score(self, id: str, answer: str) -> dict[str, Any]:
-        """An item for each metric.
+        """An item for each metric that the sample has.
 
         Args:
             id: of the sample.
@@ -145,7 +147,7 @@ class LocalTask:
 
         Raises:
             SettingsError: no such sample.
-            DataError: process_results gives something else than an item for each metric.
+            DataError: process_results gives no item of a metric, or something that is none.
             Exception: whatever process_results raises.
         """
         position = self._position(id)
@@ -158,7 +160,14 @@ class LocalTask:
         items = self._functions[function](self._rows.row(position), [answer.strip()])
         if not isinstance(items, Mapping):
             raise DataError(f"{where}: {function.text} gave {items!r:.80}, not a mapping.")
-        return {metric.name: self._item(metric, items, where) for metric in self.metrics}
+        # Some tasks (such as MME) have metrics that belong to a part of their samples only.
+        found = [metric for metric in self.metrics if metric.name in items]
+        if not found:
+            raise DataError(
+                f"{where}: process_results gave {', '.join(map(str, items)) or 'nothing'}, none "
+                f"of metric_list: {', '.join(metric.name for metric in self.metrics)}."
+            )
+        return {metric.name: self._item(metric, items, where) for metric in found}
 
     def aggregate(self, metric: str, items: Sequence[Any]) -> float:
         """The figure of a metric.
@@ -302,11 +311,6 @@ class LocalTask:
             ) from error
 
     def _item(self, metric: Metric, items: Mapping[str, Any], where: str) -> Any:
-        if metric.name not in items:
-            raise DataError(
-                f"{where}: process_results gave {', '.join(map(str, items)) or 'nothing'}, but not "
-                f"'{metric.name}', which metric_list names."
-            )
         if metric.aggregation == "mean":
             return task_scores.number(items[metric.name], f"{where}: {metric.name}")
         return task_scores.plain_json(items[metric.name], f"{where}: {metric.name}")
@@ -330,9 +334,9 @@ def _metadata(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(part, Mapping):
             raise DataError(f"{path}: metadata: expected a mapping, got {part!r:.80}.")
         merged.update(part)
-    for key in ("id_column", "group_column", "cluster_column"):
+    for key in ("id_column", "group_column", "cluster_column", "note"):
         if not isinstance(merged.get(key, ""), str):
-            raise DataError(f"{path}: metadata.{key}: expected a column, got {merged[key]!r:.80}.")
+            raise DataError(f"{path}: metadata.{key}: expected a text, got {merged[key]!r:.80}.")
     columns = merged.get("columns", [])
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
         raise DataError(f"{path}: metadata.columns: expected a list of columns, got {columns!r}.")

@@ -21,7 +21,7 @@ from mmlm_efficient.errors import MediaError, MMLMError
 from mmlm_efficient.families.base import Fit
 from mmlm_efficient.files import write_json
 from mmlm_efficient.plot_grids import MARGIN_PX, PICTURE_PX, Pixels, is_video
-from mmlm_efficient.plots import LINE_PX, Panel, _kept_pixels, _Sheet, _wrapped
+from mmlm_efficient.plots import LINE_PX, Panel, Sheet, kept_pixels, wrapped
 from mmlm_efficient.tokens import ImageReport, TokenPlaces
 from mmlm_efficient.video import FrameSampling, Video, load_video
 
@@ -100,8 +100,9 @@ def draw_overlay(
     try:
         write_json(path.with_suffix(".json"), side)
     except OSError as error:
-        path.unlink(missing_ok=True)
         side_file = path.with_suffix(".json")
+        for one in (path, side_file):  # an older side file would not be of this drawing
+            one.unlink(missing_ok=True)
         raise MediaError(f"{side_file}: cannot be written ({error.strerror or error}).") from error
     return path
 
@@ -143,7 +144,7 @@ def _row(
     pixels = np.full((PICTURE_PX // 2, PICTURE_PX, 3), _EMPTY, np.uint8)
     if trouble is None and reports:
         try:
-            pixels = _joined([_kept_pixels(panel) for panel in _panels(pictures, reports, fit)])
+            pixels = _joined([kept_pixels(panel) for panel in _panels(pictures, reports, fit)])
         except MMLMError as error:
             trouble = str(error)
     return _Drawn(label, pixels, f"{label}: {said}", tokens, trouble)
@@ -221,13 +222,13 @@ def _beside(parts: Sequence[Pixels]) -> Pixels:
 
 def _sheet(
     drawn: Sequence[_Drawn], question: str, target: str
-) -> tuple[_Sheet, list[tuple[int, int, int, int]]]:
+) -> tuple[Sheet, list[tuple[int, int, int, int]]]:
     """All rows on one sheet, and the box (left, top, right, bottom) of each one's pictures."""
     width = max((one.pixels.shape[1] for one in drawn), default=PICTURE_PX) + MARGIN_PX
     columns = max(1, min(len(drawn), COLUMNS, 1600 // width))
     sheet_width = max(width * columns, PICTURE_PX) + MARGIN_PX
     short = question if len(question) <= _QUESTION else question[:_QUESTION] + " …"
-    caption = _wrapped(f"{short}  —  right answer: {target[:_QUESTION]}", sheet_width - MARGIN_PX)
+    caption = wrapped(f"{short}  —  right answer: {target[:_QUESTION]}", sheet_width - MARGIN_PX)
     top = 2 * MARGIN_PX + LINE_PX * (caption.count("\n") + 1)
     boxes, heads = [], []
     for first in range(0, len(drawn), columns):
@@ -239,7 +240,7 @@ def _sheet(
             heads.append((left, top, text))
             boxes.append((left, below, left + one.pixels.shape[1], below + one.pixels.shape[0]))
         top = below + max(one.pixels.shape[0] for one in line) + 2 * MARGIN_PX
-    sheet = _Sheet(sheet_width, top)
+    sheet = Sheet(sheet_width, top)
     sheet.text(MARGIN_PX, MARGIN_PX, caption)
     for one, box, (left, head_top, text) in zip(drawn, boxes, heads, strict=True):
         sheet.text(left, head_top, text)
@@ -248,9 +249,9 @@ def _sheet(
 
 
 def _head(one: _Drawn, width_px: int) -> str:
-    lines = [_wrapped(one.head, width_px), one.tokens]
+    lines = [wrapped(one.head, width_px), one.tokens]
     if one.trouble is not None:
-        lines.append(_wrapped(f"not drawn: {one.trouble}", width_px))
+        lines.append(wrapped(f"not drawn: {one.trouble}", width_px))
     return "\n".join(line for line in lines if line)
 
 

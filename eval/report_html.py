@@ -135,8 +135,19 @@ def about(task: TaskResult) -> str:
         f"{task['metric']}, {direction} is better",
         task.get("source"),
         f"paper: {task['expected_source']}" if task.get("expected_source") else None,
+        task.get("notes"),
+        _not_compared(task),
     ]
     return " · ".join(str(one) for one in facts if one)
+
+
+def _not_compared(task: TaskResult) -> str | None:
+    """Published numbers of a task that measure something else than it does."""
+    numbers = task.get("not_compared") or {}
+    if not numbers:
+        return None
+    listed = ", ".join(f"{row} {value:g}" for row, value in numbers.items())
+    return f"published, but not to be compared with these figures: {listed}"
 
 
 def heading(task: TaskResult, several_runs: bool) -> str:

@@ -155,7 +155,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("seed", _once(one.get("seed") for one in tasks)),
         ("threads", _once(one.get("threads") for one in tasks)),
         ("batch size", _once(count(row.get("batch_size")) for row in rows)),
-        ("workers", _once([workers(report)])),
+        ("workers", _once([workers(report) or None])),
         ("hardware", _once(_machine(one.get("hardware")) for one in tasks)),
         ("versions", _once(_pairs(one.get("versions")) for one in tasks)),
         ("intervals", _once(_interval_kinds(tasks))),
@@ -170,16 +170,9 @@ def _once(values: Any) -> str:
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:
-    found = config.get("models", config.get("model"))
-    if isinstance(found, str):
-        return [found]
-    entries = found.values() if isinstance(found, Mapping) else found or []
-    names = []
-    for entry in entries:
-        name = entry.get("model") if isinstance(entry, Mapping) else entry
-        if isinstance(name, str):
-            names.append(name)
-    return names
+    """The model of every run, such as a hub id."""
+    runs = [run for run in config.get("runs") or () if isinstance(run, Mapping)]
+    return [str(run["model"]) for run in runs if run.get("model") is not None]
 
 
 def _machine(hardware: Any) -> str:

@@ -21,7 +21,7 @@ from eval.plan import EvalConfig, Job
 from eval.report import write_report
 from eval.task import Task
 from eval.worker import OVERLAYS, Group, Trouble, run_in_process, selected
-from mmlm_efficient.errors import MMLMError, RunError, SettingsError
+from mmlm_efficient.errors import MMLMError, ModelLoadError, RunError, SettingsError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import now_text, versions
 from mmlm_efficient.settings import refuse_unknown
@@ -94,18 +94,17 @@ def run_eval(config: EvalConfig, options: Options) -> RunResult:
     Raises:
         SettingsError: an unknown task or sample id, or a folder that holds another run.
         DataError: a task whose data cannot be used.
-        ModelLoadError: a model or device that is not there. All of these are raised before
-            anything is loaded or written.
+        ModelLoadError: the only model, or the device, is not there. All of these are raised
+            before anything is loaded or written.
         RunError: the run's folder cannot be written.
     """
     start = time.perf_counter()
     jobs = config.jobs()
     tasks = check_tasks(jobs)
     _check_only(options.only, tasks)
-    groups = [group for job in jobs for group in _groups(job, options)]
+    groups, troubles = _planned(jobs, options)
     _open_folder(options, config)
     results: list[dict[str, Any]] = []
-    troubles: list[Trouble] = []
     for group in groups:
         for result in _outcomes(group):
             if isinstance(result, Trouble):
@@ -123,18 +122,21 @@ def run_eval(config: EvalConfig, options: Options) -> RunResult:
         "workers": options.workers,
         "tasks": results,
         "errors": [
-            {"task": one.task, "type": type(one.error).__name__, "message": str(one.error)}
+            {
+                "run": one.run,
+                "task": one.task,
+                "type": type(one.error).__name__,
+                "message": str(one.error),
+            }
             for one in troubles
         ],
         "seconds": round(time.perf_counter() - start, 1),
     }
+    files: list[Path] = []
     try:
         files = write_report(options.out, report)
-    except OSError as error:
-        raise RunError(
-            f"{options.out}: the report cannot be written: {error}. All answers are kept: make "
-            "room and go on with --resume."
-        ) from error
+    except RunError as error:  # told beside what went wrong before
+        troubles.append(Trouble("report", error))
     return RunResult(report, tuple(files), tuple(troubles))
 
 
@@ -196,6 +198,20 @@ def _open_folder(options: Options, config: EvalConfig) -> None:
         raise RunError(f"--out {options.out}: cannot be written: {error}.") from error
 
 
+def _planned(jobs: Sequence[Job], options: Options) -> tuple[list[Group], list[Trouble]]:
+    """The groups of all jobs; of several models, one that is not there does not stop the others."""
+    groups: list[Group] = []
+    troubles: list[Trouble] = []
+    for job in jobs:
+        try:
+            groups += _groups(job, options)
+        except ModelLoadError as error:
+            if len(jobs) == 1:
+                raise
+            troubles.append(Trouble("all tasks", error, job.run))
+    return groups, troubles
+
+
 def _groups(job: Job, options: Options) -> Iterator[Group]:
     sha = job.config_sha()
     for entries in job.tasks:
@@ -227,7 +243,7 @@ def _outcomes(group: Group) -> Iterator[dict[str, Any] | Trouble]:
         except EOFError:
             process.join()
         if process.exitcode:
-            yield Trouble(", ".join(group.entries), _died(process.exitcode))
+            yield Trouble(", ".join(group.entries), _died(process.exitcode), group.job.run)
     finally:
         if process.is_alive():  # Ctrl-C: the process got it too and is closing its files
             process.join(timeout=30)

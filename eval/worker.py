@@ -6,10 +6,11 @@ peaks of memory belong to one group.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from eval.answering import Answers, Batch, LocalAnswers, RayAnswers, warm_up
 from eval.engine import Outcome
@@ -26,13 +28,16 @@ from eval.overlays import draw_overlay
 from eval.plan import Job
 from eval.progress import TaskBar
 from eval.record import Record, failed_record, record_of
+from eval.report_words import file_name
 from eval.samples_log import SamplesLog
 from eval.task import Sample, Task
 from mmlm_efficient.errors import MMLMError, RunError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import now_text, versions
+from mmlm_efficient.names import POCKET
 from mmlm_efficient.tokens import ImageReport
 
+_LOG = logging.getLogger(__name__)
 OVERLAYS = 4  # samples of a task whose kept tokens are drawn
 
 
@@ -72,10 +77,12 @@ class Trouble:
     Attributes:
         task: its name, or the group's entries.
         error: what was raised.
+        run: the run that it belongs to.
     """
 
     task: str
     error: MMLMError
+    run: str = ""
 
 
 def run_in_process(group: Group, results: multiprocessing.connection.Connection) -> None:
@@ -86,6 +93,12 @@ def run_in_process(group: Group, results: multiprocessing.connection.Connection)
         results: takes a task's result (a dict) or `Trouble`, as they come.
     """
     _end_with_parent()
+    if group.job.model.model == POCKET:  # no bar for weights that are read in a moment
+        transformers_logging.disable_progress_bar()
+    if group.workers and group.ray_address is None:
+        # Ray's ports take anybody's orders otherwise; to be said before ray is imported.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         for result in run_group(group):
             results.send(result)
@@ -103,7 +116,7 @@ def run_group(group: Group) -> Iterator[dict[str, Any] | Trouble]:
             for task in tasks:
                 yield run_task(group, task, answers)
     except MMLMError as error:
-        yield Trouble(", ".join(group.entries), error)
+        yield Trouble(", ".join(group.entries), error, group.job.run)
 
 
 def _found(group: Group, entry: str) -> list[Task]:
@@ -165,6 +178,10 @@ def run_task(group: Group, task: Task, answers: Answers) -> dict[str, Any]:
         expected_source=group.job.expected_source,
         scale=group.job.scale.get(task.name, 1.0),
     )
+    if task.name in group.job.notes:
+        result["notes"] = group.job.notes[task.name]
+    if task.name in group.job.not_compared:
+        result["not_compared"] = dict(group.job.not_compared[task.name])
     _write(group.folder / f"{name}.results.json", result)
     return result
 
@@ -263,13 +280,13 @@ class _TaskRun:
         name = f"{number:04d}-{file_name(sample.id)}.png"
         path = self.group.folder / "overlays" / file_name(self.task.name) / name
         labels = [row.label for row in self.group.job.rows]
-        draw_overlay(
-            path,
-            sample,
-            {one: rows[one][0] for one in labels},
-            {one: rows[one][1] for one in labels},
-            self.answers.place.fit,
-        )
+        kept = {one: rows[one][0] for one in labels}
+        said = {one: rows[one][1] for one in labels}
+        try:
+            place = self.answers.place
+            draw_overlay(path, sample, kept, said, place.fit, sampling=place.sampling)
+        except (MMLMError, OSError) as error:  # answers are worth more than their pictures
+            _LOG.warning("%s: sample %s is not drawn: %s", self.task.name, sample.id, error)
         del self.shown[sample.id]
 
 
@@ -280,16 +297,6 @@ def selected(task: Task, limit: int | None, only: tuple[str, ...]) -> list[str]:
         wanted = set(only)
         ids = [one for one in ids if one in wanted]
     return ids[:limit]
-
-
-def file_name(name: str) -> str:
-    """A name of a task or sample as part of a file's name.
-
-    Example:
-        >>> file_name("docs/val: 7")
-        'docs_val__7'
-    """
-    return re.sub(r"[^\w.+-]", "_", name)[:120]
 
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:

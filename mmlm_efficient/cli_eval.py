@@ -177,7 +177,8 @@ def _show(result: RunResult) -> None:
                 markup=False,
             )
     for one in result.troubles:
-        complain.print(f"mmlm: {one.task}: {one.error}", style="bold red", markup=False)
+        where = ", ".join(filter(None, [one.run, one.task]))
+        complain.print(f"mmlm: {where}: {one.error}", style="bold red", markup=False)
 
 
 def _task_table(task: dict[str, Any]) -> Table:

@@ -161,9 +161,9 @@ def kept_tokens_panel(
         raise SettingsError("panels is empty: give at least one picture with its report")
     if columns < 1:
         raise SettingsError(f"columns must be at least 1, got {columns}")
-    pictures = [_kept_pixels(panel) for panel in panels]
+    pictures = [kept_pixels(panel) for panel in panels]
     captions = [
-        _wrapped(panel.caption or _count(panel.report), picture.shape[1])
+        wrapped(panel.caption or _count(panel.report), picture.shape[1])
         for panel, picture in zip(panels, pictures, strict=True)
     ]
     width = max(picture.shape[1] for picture in pictures) + MARGIN_PX
@@ -173,7 +173,7 @@ def kept_tokens_panel(
         tops.append(top)
         lines = max(captions[place].count("\n") + 1 for place in row)
         top += max(pictures[place].shape[0] for place in row) + lines * LINE_PX + MARGIN_PX
-    sheet = _Sheet(width * min(columns, len(panels)) + MARGIN_PX, top)
+    sheet = Sheet(width * min(columns, len(panels)) + MARGIN_PX, top)
     if title:
         sheet.text(sheet.width / 2, MARGIN_PX, title, align="center")
     for row, row_top in zip(rows, tops, strict=True):
@@ -229,7 +229,7 @@ def cut_map(
     picture = drawing(image, report_image, fit, kept, paint)
     top = MARGIN_PX + (LINE_PX + MARGIN_PX if title else 0)
     height = max(picture.shape[0], (len(legend) + 1) * LINE_PX)
-    sheet = _Sheet(picture.shape[1] + 3 * MARGIN_PX + LEGEND_PX, top + height + MARGIN_PX)
+    sheet = Sheet(picture.shape[1] + 3 * MARGIN_PX + LEGEND_PX, top + height + MARGIN_PX)
     if title:
         sheet.text(sheet.width / 2, MARGIN_PX, title, align="center")
     sheet.picture(MARGIN_PX, top, picture)
@@ -244,7 +244,7 @@ def cut_map(
 # -- paints ----------------------------------------------------------------------------------
 
 
-def _kept_pixels(panel: Panel) -> Pixels:
+def kept_pixels(panel: Panel) -> Pixels:
     """The picture with pruned patches dimmed, uint8 [height, width, 3]."""
     kept = kept_mask(panel.report)
     groups = _merged(panel)
@@ -287,7 +287,7 @@ def _count(report: ImageReport) -> str:
 # -- sheet of paper --------------------------------------------------------------------------
 
 
-class _Sheet:
+class Sheet:
     """A white drawing of width x height pixels; places are counted from the top left."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -318,7 +318,7 @@ class _Sheet:
         return picture
 
 
-def _wrapped(text: str, width_px: int) -> str:
+def wrapped(text: str, width_px: int) -> str:
     """Text in lines that fit under a picture."""
     return "\n".join(textwrap.wrap(text, max(8, width_px // 7))) or " "
 

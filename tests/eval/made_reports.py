@@ -84,7 +84,7 @@ def report(tasks: Sequence[dict], **changes: Any) -> dict:
     found = {
         "format": 1,
         "date": "2026-11-25 03:10 UTC",
-        "config": {"models": {"pocket": {"model": "pocket"}}, "note": "ü | <b>"},
+        "config": {"runs": [{"name": "pocket", "model": "hub/pocket"}], "note": "ü | <b>"},
         "config_sha": "0123456789ab",
         "runs": list(dict.fromkeys(one["run"] for one in tasks)) or ["pocket"],
         "tasks": list(tasks),

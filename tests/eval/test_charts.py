@@ -55,6 +55,8 @@ def test_rows_without_a_figure_are_not_drawn() -> None:
         ("vflowopt:0.25", "vflowopt", "0.25"),
         ("flowcut:72+fastv:36", "flowcut+fastv", "72+36"),
         ("xl2", "xl2", ""),
+        ("pyramiddrop-192", "pyramiddrop", "192"),
+        ("my-method:9", "my-method", "9"),
     ],
 )
 def test_method_and_budget_of_a_label(label: str, method: str, budget: str) -> None:
@@ -116,13 +118,13 @@ def test_many_methods_and_lower_is_better(tmp_path: Path) -> None:
     for number in range(14):
         for kept in (9, 36, 72):
             value = 0.2 + number / 40 + 1 / kept
-            rows.append(row(f"method-{number}:{kept}", value, 0.2, visual_tokens_mean=float(kept)))
+            rows.append(row(f"method{number}x:{kept}", value, 0.2, visual_tokens_mean=float(kept)))
     result = task("wer", rows, higher_is_better=False)
     svg = chart_svg(result, "tokens", "x")
     assert svg is not None
     assert "(lower is better)" in svg
     # Every method has its name, whatever the crowd.
-    assert all(f">method-{number}<" in svg for number in range(14))
+    assert all(f">method{number}x<" in svg for number in range(14))
 
 
 def test_a_chart_that_cannot_be_written(tmp_path: Path) -> None:

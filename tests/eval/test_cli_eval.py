@@ -138,7 +138,7 @@ def test_all_samples_fail(mmlm: Run, data: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--tasks", "my_pictues"], "my_pictures"),
-        (["--methods", "flowcat:36"], "Did you mean 'flowcut'"),
+        (["--methods", "flowcat:36"], "did you mean 'flowcut'"),
         (["--methods", "flowcut:36", "--only", "77"], "--only 77"),
         (["--config", "pockets"], "pocket"),
         (["--resume"], "holds no run"),
@@ -168,8 +168,11 @@ def damage_truncated(folder: Path) -> str:
 
 
 def damage_column(folder: Path) -> str:
-    write_lines(folder, [{**line, "questio": line.pop("question")} for line in read_lines(folder)])
-    return "question"
+    lines = read_lines(folder)
+    for line in lines:
+        line["questio"] = line.pop("question")
+    write_lines(folder, lines)
+    return "Did you mean 'questio'?"
 
 
 def damage_empty(folder: Path) -> str:
@@ -183,7 +186,7 @@ def test_data_that_cannot_be_used(mmlm: Run, data: Path, tmp_path: Path, damage:
     out = tmp_path / "out"
     found = mmlm(*options(data, out))
     assert found.code == 1, found.err
-    assert message in found.err.replace("\n", "")
+    assert message in found.err.replace("\n", " ")
     assert "Traceback" not in found.err
     assert not out.exists(), "nothing was loaded or written"
 
@@ -208,7 +211,7 @@ def test_a_disk_that_takes_no_more(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1800, 1800))
 
     command = [sys.executable, "-m", "mmlm_efficient", *map(str, options(data, out))]
     command += ["--batch-size", "1"]

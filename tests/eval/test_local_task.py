@@ -520,7 +520,7 @@ def test_a_missing_data_file(folder: Path) -> None:
         ({"metadata": {"rows": 3}}, "has 2 rows, but metadata.rows .* says 3"),
         ({"metadata": {"rows": "3"}}, "metadata.rows: expected a whole number"),
         ({"metadata": {"columns": "id"}}, "metadata.columns: expected a list"),
-        ({"metadata": {"id_column": 1}}, "metadata.id_column: expected a column"),
+        ({"metadata": {"id_column": 1}}, "metadata.id_column: expected a text"),
         ({"metadata": 7}, "metadata: expected a mapping"),
     ],
 )

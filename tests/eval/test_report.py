@@ -358,7 +358,7 @@ def test_provenance_says_each_value_once() -> None:
     facts = dict(provenance(usual()))
     assert facts["versions"] == "python 3.11.9, torch 2.13.0"
     assert facts["data"] == "vqa ba9876543210; video ba9876543210"
-    assert facts["model"] == "pocket"
+    assert facts["model"] == "hub/pocket"
     assert facts["intervals"] == "95 %, wilson"
     assert "workers" not in facts
     mixed = usual()

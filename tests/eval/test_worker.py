@@ -11,9 +11,10 @@ import pytest
 
 from eval import worker
 from eval.plan import EvalConfig
+from eval.report_words import file_name
 from eval.samples_log import read_records
 from eval.task import Sample
-from eval.worker import Group, Trouble, file_name, run_group, selected
+from eval.worker import Group, Trouble, run_group, selected
 from mmlm_efficient.errors import DataError, MediaError, RunError, SettingsError
 from tests.eval.conftest import SmallTask
 
