@@ -32,7 +32,7 @@ from mmlm_efficient.machine import machine_line, provenance
 
 TASK = "mmlm_pocket_vqa"
 METHODS = "flowcut:36"
-_STARTED_S = 4.0  # before this nothing is asked yet: Python and torch are still being imported
+_START_LIMIT_S = 120.0  # Python and torch are imported, the model is loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     code = _start(quiet, options, resume=False).wait()
     seconds = time.perf_counter() - start
     if code != 0:
-        raise SystemExit(f"the undisturbed run ended with exit code {code}")
+        raise SystemExit(f"the undisturbed run ended with exit code {code}:\n{_log(quiet)}")
     kills = _kill_and_resume(killed, options, seconds)
     one, other = _records(quiet), _records(killed)
     lines = collections.Counter(
@@ -76,6 +76,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "kills": kills,
         "checks": {
             "killed_as_often_as_asked": len(kills) == options.kills,
+            "all_kills_between_answers": all(
+                0 < kill["answers_after"] < len(one) for kill in kills
+            ),
+            "all_samples_answered": len(one) == 2 * options.samples,
             "no_sample_twice": set(lines.values()) == {1},
             "none_lost": one.keys() == other.keys(),
             "same_answers": {key: line["answer"] for key, line in one.items()}
@@ -90,35 +94,53 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _kill_and_resume(
     out: Path, options: argparse.Namespace, seconds: float
 ) -> list[dict[str, Any]]:
-    """Kill the run so often, then let it finish."""
+    """Kill the run so often while it answers, then let it finish.
+
+    Args:
+        out: folder of the run.
+        options: of the benchmark.
+        seconds: that the undisturbed run took, its start included.
+    """
     rng = random.Random(options.seed)
     kills: list[dict[str, Any]] = []
-    # Moments spread over the work that is left, so that all kills find a run that is not over.
-    share = seconds / (options.kills + 1)
     for number in tqdm(range(options.kills), desc="kills", unit="kill", disable=None):
+        before = len(_records(out))
         process = _start(out, options, resume=(out / "run.json").exists())
-        after_s = rng.uniform(0.5, _STARTED_S + share)
-        try:
-            process.wait(timeout=after_s)
-            break  # finished before its kill: the checks will say so
-        except subprocess.TimeoutExpired:
-            pass
+        if not _grows(out, before, process):
+            break  # it finished before its kill: the checks will say so
+        # Moments spread over what is left, so that all kills find a run that is not over.
+        after_s = rng.uniform(0, 1.5 * seconds / (options.kills + 2))
+        time.sleep(after_s)
+        if process.poll() is not None:
+            break
         whole_group = number % 2 == 0
         children = _children(process.pid)
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
+        gone_s = _gone_s(children)
         kills.append(
             {
-                "after_s": round(after_s, 2),
+                "after_first_answer_s": round(after_s, 2),
                 "killed": "all processes" if whole_group else "the runner",
-                "others_gone_s": _gone_s(children),
-                "answers_so_far": len(_records(out)),
+                "others_gone_s": gone_s,
+                "answers_before": before,
+                "answers_after": len(_records(out)),
             }
         )
     code = _start(out, options, resume=(out / "run.json").exists()).wait()
     if code != 0:
-        raise SystemExit(f"the resumed run ended with exit code {code}")
+        raise SystemExit(f"the resumed run ended with exit code {code}:\n{_log(out)}")
     return kills
+
+
+def _grows(out: Path, before: int, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until a run that goes on has a new answer; False if it ends first."""
+    end = time.perf_counter() + _START_LIMIT_S
+    while len(_records(out)) <= before:
+        if process.poll() is not None or time.perf_counter() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _start(out: Path, options: argparse.Namespace, *, resume: bool) -> subprocess.Popen[bytes]:
@@ -132,6 +154,11 @@ def _start(out: Path, options: argparse.Namespace, *, resume: bool) -> subproces
         stderr=log,
         start_new_session=True,
     )
+
+
+def _log(out: Path) -> str:
+    """The end of what a run said."""
+    return (out.parent / f"{out.name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def _children(pid: int) -> list[int]:

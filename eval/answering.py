@@ -6,7 +6,7 @@ Both run the same function on the same batches, so that results do not depend on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -208,17 +208,3 @@ def _worker(model: Config) -> Callable[[Any], Any]:
         return list(answer_batch(engine, item))
 
     return work
-
-
-def warm_up(answers: Answers, sample: Sample, rows: Mapping[str, Sequence[Method]]) -> None:
-    """Ask one sample with every row and forget the answers: the first calls of a process are slow
-    and would be charged to the first samples.
-
-    Args:
-        answers: where to ask; with several workers, the one that is free.
-        sample: any.
-        rows: methods by label.
-    """
-    once = {label: (tuple(methods), frozenset([sample.id])) for label, methods in rows.items()}
-    for _ in answers.run([Batch((sample,), once)]):
-        continue

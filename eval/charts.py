@@ -21,7 +21,7 @@ from typing import Any, Literal
 from eval.chart_labels import Label, Place, place_labels
 from eval.report_view import TaskResult, by_run, is_vanilla, ttft_s
 from eval.report_words import Scale, metric_of, task_scale
-from mmlm_efficient.errors import require_extra
+from mmlm_efficient.errors import MissingExtraError, require_extra
 from mmlm_efficient.plots import write_png
 
 Against = Literal["tokens", "ttft"]
@@ -134,7 +134,7 @@ def pareto_front(points: Sequence[Point], *, higher_is_better: bool = True) -> l
     return front
 
 
-def write_charts(folder: Path, report: Mapping[str, Any]) -> list[Path]:
+def write_charts(folder: Path, report: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
     """The PNG charts of a report: accuracy_tokens.png and accuracy_ttft.png.
 
     Args:
@@ -143,22 +143,37 @@ def write_charts(folder: Path, report: Mapping[str, Any]) -> list[Path]:
             start with the run's.
 
     Returns:
-        The files; a chart for which nothing was measured is not among them.
+        The files, and notes about those that could not be drawn or written. A chart for which
+        nothing was measured is in neither.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        MediaError: a file cannot be written.
     """
-    runs, files = by_run(report), []
+    runs = by_run(report)
+    files: list[Path] = []
+    notes: list[str] = []
     for run, tasks in runs.items():
         for against in AGAINST:
-            data = chart_png(tasks, against)
-            if data is None:
-                continue
             start = f"{run}_" if len(runs) > 1 else ""
-            files.append(folder / f"{start}accuracy_{against}.png")
-            write_png(files[-1], data)
-    return files
+            file = folder / f"{start}accuracy_{against}.png"
+            try:
+                data = chart_png(tasks, against)
+                if data is None:
+                    continue
+                write_png(file, data)
+            except MissingExtraError:
+                raise
+            # Figures are worth more than their charts, and matplotlib may raise anything.
+            except Exception as error:  # noqa: BLE001
+                notes.append(missing_chart(file.name, error))
+                continue
+            files.append(file)
+    return files, notes
+
+
+def missing_chart(name: str, error: Exception) -> str:
+    """Why a chart is not in a report."""
+    return f"The chart {name} is missing: {type(error).__name__}: {error}"
 
 
 def chart_png(tasks: Sequence[TaskResult], against: Against) -> bytes | None:

@@ -6,15 +6,16 @@ which finds much smaller ones than the two intervals could.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval.compare_view import compare_tables, write_comparison
-from eval.report import read_report
-from eval.report_summary import workers
+from eval.compare_warnings import all_warnings
+from eval.report import read_report, report_folder
 from eval.report_view import Report, Row, TaskResult, row_of, ttft_s
 from eval.report_words import file_name, in_words, metric_of, plural
 from eval.samples_log import read_records
@@ -56,28 +57,60 @@ class _Side:
     @classmethod
     def read(cls, path: Path) -> _Side:
         report = read_report(path)
-        return cls(path, path if path.is_dir() else path.parent, report)
+        return cls(path, report_folder(path), report)
 
     def number(self, with_runs: bool) -> None:
         """Set `tasks`."""
-        try:
-            for task in self.report["tasks"]:
-                self.tasks[task["run"] if with_runs else "", task["task"]] = task
-                for row in task["rows"]:
-                    metric_of(task, row)
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.path}: is damaged, a task lacks {error}. Write it again by resuming its "
-                "run."
-            ) from error
+        for task in self.report["tasks"]:
+            self.tasks[task["run"] if with_runs else "", task["task"]] = task
 
     def records(self, task: TaskResult) -> tuple[dict[str, Any], Records] | None:
-        """Header and records of a task by (row, id); None if the samples file is not there."""
-        path = self.folder / task["run"] / f"{file_name(task['task'])}.samples.jsonl"
+        """Header and records of a task by (row, id); None if the samples file is not there.
+
+        A file may hold more samples than the task's figures are of: those of an earlier run with a
+        larger limit, before it was resumed. They are left out.
+        """
+        path = self._file(task, "samples.jsonl")
         if not path.is_file():
             return None
         header, records = read_records(path)
-        return header, {(one["row"], one["id"]): one for one in records}
+        ids = self._ids(task)
+        return header, {
+            (one["row"], one["id"]): one for one in records if ids is None or one["id"] in ids
+        }
+
+    def is_of(self, task: TaskResult, records: Records) -> bool:
+        """Whether records can be those of a task's figures, by how many samples there are."""
+        asked: int | None = task.get("samples")
+        ids = self._ids(task)
+        if asked is None:
+            return True
+        if ids is None:
+            return len({one for _, one in records}) <= asked
+        return len(ids) == asked
+
+    def _file(self, task: TaskResult, kind: str) -> Path:
+        return self.folder / str(task["run"]) / f"{file_name(task['task'])}.{kind}"
+
+    def _ids(self, task: TaskResult) -> frozenset[str] | None:
+        """The samples that a task's figures are of; None if its results file does not say."""
+        path = self._file(task, "results.json")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({error}). Write it again by resuming its run."
+            ) from error
+        ids = result.get("ids") if isinstance(result, dict) else None
+        if ids is None:
+            return None
+        if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+            raise DataError(
+                f"{path}: is damaged, ids is no list of texts. Write it again by resuming its run."
+            )
+        return frozenset(ids)
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -94,10 +127,11 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         {"format": 1, "kind": "comparison", "date", "a" and "b": {"path", "date", "name",
         "config_sha"}, "warnings": texts, "tasks": [{"task", "run" (None if
         each has but one), "runs": of the first and second, "metric", "higher_is_better",
-        "notes", "rows": [{"row", "a" and "b": figures, "difference": {"value", "interval",
-        "paired", "pairs", "note"}, "ratios": {"ttft_s", ...}, "answers": {"compared", "changed",
-        "failed_a", "failed_b", "examples": [{"id", "target", "a", "b"}]} or None}]}], "only_a" and
-        "only_b": [{"run", "task", "row" or None}]}. Figures that were not measured are None.
+        "percent", "notes", "rows": [{"row", "a" and "b": figures, "difference": {"value",
+        "interval", "paired", "pairs", "note"}, "ratios": {"ttft_s", ...}, "answers": {"compared",
+        "changed", "failed_a", "failed_b", "examples": [{"id", "target", "a", "b"}]} or None}]}],
+        "only_a" and "only_b": [{"run", "task", "row" or None}]}. Figures that were not
+        measured are None.
 
     Raises:
         DataError: one of the two is no report, damaged, or of another format; or a samples file is
@@ -115,7 +149,9 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         "date": now_text(),
         "a": _about(a),
         "b": _about(b),
-        "warnings": _warnings(a, b, shared),
+        "warnings": all_warnings(
+            a.report, b.report, [(key[0], (a.tasks[key], b.tasks[key])) for key in shared]
+        ),
         "tasks": tasks,
         "only_a": _only(a, b),
         "only_b": _only(b, a),
@@ -143,59 +179,6 @@ def _only(side: _Side, other: _Side) -> list[dict[str, Any]]:
     return found
 
 
-# -- warnings -----------------------------------------------------------------------------------
-
-
-def _warnings(a: _Side, b: _Side, shared: Sequence[tuple[str, str]]) -> list[str]:
-    """What differs between the runs beside what was to be compared."""
-    found: dict[str, None] = {}
-    if not shared:
-        found["The runs have no task in common."] = None
-    for side, name in ((a, "first"), (b, "second")):
-        for error in side.report.get("errors") or []:
-            where = error.get("task")
-            found[f"In the {name} run {where} did not finish: {error.get('message')}"] = None
-    if (workers(a.report) or 0) != (workers(b.report) or 0):
-        found[
-            f"Workers: {workers(a.report) or 0} and {workers(b.report) or 0}; times do not compare."
-        ] = None
-    for key in shared:
-        for text in _task_warnings(a.tasks[key], b.tasks[key]):
-            found[text] = None
-    return list(found)
-
-
-def _task_warnings(a: TaskResult, b: TaskResult) -> Iterable[str]:
-    for name, value_a, value_b in _different(a.get("versions"), b.get("versions")):
-        yield f"Version of {name}: {value_a} and {value_b}."
-    machines = list(_different(a.get("hardware"), b.get("hardware")))
-    if machines:
-        what = "; ".join(f"{name} {one} and {other}" for name, one, other in machines)
-        yield f"Hardware: {what}; times and memory do not compare."
-    for field_name, words in (
-        ("threads", "Threads: {} and {}; times do not compare."),
-        ("seed", "Seed: {} and {}; random methods and sampled answers differ by chance."),
-    ):
-        if a.get(field_name) != b.get(field_name):
-            yield words.format(a.get(field_name), b.get(field_name))
-    if a.get("task_version") != b.get("task_version"):
-        yield (
-            f"{a['task']}: version {a.get('task_version')} and {b.get('task_version')} of the "
-            "task; scores do not compare."
-        )
-    sizes = [{row.get("batch_size") for row in task["rows"]} - {None} for task in (a, b)]
-    if sizes[0] != sizes[1]:
-        text = [", ".join(f"{one:g}" for one in sorted(found)) or "unknown" for found in sizes]
-        yield f"{a['task']}: batch size {text[0]} and {text[1]}; times do not compare."
-
-
-def _different(a: Any, b: Any) -> Iterable[tuple[str, Any, Any]]:
-    first, second = a or {}, b or {}
-    for name in dict.fromkeys([*first, *second]):
-        if first.get(name) != second.get(name):
-            yield name, first.get(name), second.get(name)
-
-
 # -- one task -----------------------------------------------------------------------------------
 
 
@@ -219,9 +202,17 @@ def _task(a: _Side, b: _Side, key: tuple[str, str]) -> dict[str, Any]:
         "runs": [task_a["run"], task_b["run"]],
         "metric": metric,
         "higher_is_better": bool(task_a.get("higher_is_better", True)),
+        "percent": _percent(task_a, b.tasks[key]),
         "notes": notes,
         "rows": rows,
     }
+
+
+def _percent(a: TaskResult, b: TaskResult) -> bool | None:
+    """Whether the compared figures are shares of 1, if the reports say so."""
+    said = [task.get("percent") for task in (a, b) if task["metric"] == a["metric"]]
+    known = [one for one in said if one is not None]
+    return all(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -249,6 +240,12 @@ def _pairing(
             return None, f"the {name} run's file of samples is not there"
         if found[0].get("data_sha") != sha:
             return None, f"the {name} run's file of samples is of other data than its report"
+    for name, side, task, found in (
+        ("first", a, task_a, found_a),
+        ("second", b, task_b, found_b),
+    ):
+        if found is not None and not side.is_of(task, found[1]):
+            return None, f"the {name} run's files hold other samples than its report counts"
     if found_a is None or found_b is None:  # said above
         return None, ""
     return _Pairing(found_a[1], found_b[1]), ""

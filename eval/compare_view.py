@@ -166,7 +166,8 @@ def _mark(task: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
 
 
 def _scale(task: Mapping[str, Any]) -> Scale:
-    return Scale.of(row[side]["value"] for row in task["rows"] for side in ("a", "b"))
+    values = [row[side]["value"] for row in task["rows"] for side in ("a", "b")]
+    return Scale.of(values, task.get("percent"))
 
 
 def _heading(task: Mapping[str, Any]) -> str:

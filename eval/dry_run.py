@@ -16,10 +16,11 @@ from rich.text import Text
 
 from eval.find_tasks import find_tasks, task_table
 from eval.plan import EvalConfig, Job
+from eval.row_files import profiles_of
 from eval.rows import Budget, Row
 from eval.task_index import IndexedTask, IndexTrouble, look_up
 from mmlm_efficient.errors import MissingExtraError, ModelLoadError, SettingsError
-from mmlm_efficient.names import POCKET, model_name
+from mmlm_efficient.names import POCKET
 from mmlm_efficient.pruning.vflowopt import VFlowOpt
 from mmlm_efficient.settings import Config
 
@@ -149,7 +150,7 @@ def row_missing(row: Row, model: Config) -> list[str]:
         if not isinstance(method, VFlowOpt) or method.profile == "none":
             continue
         if method.profile == "auto":
-            if method.stage_keep_ratios is None and not _has_profile(model.model):
+            if method.stage_keep_ratios is None and not profiles_of(model.model):
                 share = method.keep_ratio if isinstance(method.keep_ratio, float) else 0.25
                 found.append(
                     f"vflowopt: no profile of {model.model}, so an untuned schedule is used. Make "
@@ -285,16 +286,3 @@ def _fetch_words(name: str, dataset: bool = False) -> str:
 
 def _is_true(value: str | None) -> bool:
     return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _has_profile(model: str) -> bool:
-    """Whether a built-in profile was made for a model of this name."""
-    from mmlm_efficient.pruning.vflowopt_profiles import built_in, named_profile
-
-    short = model_name(None, model).rstrip("/").rpartition("/")[2]
-    for name in built_in():
-        profile = named_profile(name)
-        names = (profile.model, *profile.aliases)
-        if short in {one.rstrip("/").rpartition("/")[2] for one in names}:
-            return True
-    return False

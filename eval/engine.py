@@ -7,6 +7,7 @@ are drawn one sample at a time, from a seed made of the run's seed and the sampl
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import torch
 from eval.task import IMAGE, VIDEO, Sample
 from mmlm_efficient import EfficientLMM
 from mmlm_efficient.answers import Answer
-from mmlm_efficient.errors import MediaError
+from mmlm_efficient.errors import MediaError, RunError
 from mmlm_efficient.machine import PeakMemory
 from mmlm_efficient.prompts import VIDEO_TOKEN, Request
 from mmlm_efficient.pruning.base import Method
@@ -83,6 +84,9 @@ class Engine:
         Returns:
             One outcome per sample, in order. Whatever goes wrong with one sample is its own
             outcome: a batch that fails is asked again sample by sample.
+
+        Raises:
+            RunError: the device itself has failed.
         """
         found: dict[str, Outcome] = {}
         for batch in _alike(samples):
@@ -92,18 +96,25 @@ class Engine:
 
     def _batch(
         self, batch: Sequence[Sample], methods: tuple[Method, ...], seed: int
-    ) -> Iterator[Outcome]:
+    ) -> list[Outcome]:
         try:
-            yield from self._asked(batch, methods, seed)
+            return self._asked(batch, methods, seed)
+        except torch.AcceleratorError as error:
+            raise RunError(
+                f"the device has failed and would fail every further sample: {error}"
+            ) from error
         # Whatever a model raises belongs to its sample; it is recorded, never dropped.
         except Exception as error:  # noqa: BLE001
-            if isinstance(error, torch.OutOfMemoryError):
+            failed = failure(batch[0].id, error)
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # The error has gone, and with it the tensors that its frames held.
+        if out_of_memory:
+            gc.collect()
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if len(batch) == 1:
-                yield failure(batch[0].id, error)
-                return
-            for sample in batch:
-                yield from self._batch([sample], methods, seed)
+        if len(batch) == 1:
+            return [failed]
+        return [one for sample in batch for one in self._batch([sample], methods, seed)]
 
     def _asked(
         self, batch: Sequence[Sample], methods: tuple[Method, ...], seed: int
@@ -159,10 +170,9 @@ def cut(text: str, until: Iterable[str]) -> str:
         >>> cut("Yes. Question: and", ["\\n", "Question:"])
         'Yes.'
     """
-    for end in until:
-        if end:
-            text = text.split(end, 1)[0]
-    return text.strip()
+    places = [text.find(end) for end in until if end]
+    first = min((place for place in places if place >= 0), default=len(text))
+    return text[:first].strip()
 
 
 def seed_of(seed: int, sample_id: str) -> int:

@@ -99,9 +99,14 @@ def task_result(
     copied = ("run", "task", "task_version", "source", "config_sha", "data_sha", "seed", "versions")
     result = {
         **{key: header[key] for key in (*copied, "hardware", "threads", "date")},
+        "workers": header.get("workers", 0),
+        "mixed": list(header.get("mixed", ())),
         "metric": name,
         "higher_is_better": metrics[name]["higher_is_better"],
+        "percent": _is_share(columns[name], units[name]),
         "samples": len(order),
+        "clusters": _clusters(rows),
+        "ids": order,
         "rows": results,
         "failures": [*aggregator.failures, *(_failure(one) for row in rows for one in row.failed)][
             :MAX_FAILURES
@@ -158,7 +163,12 @@ class _Aggregator:
             if not math.isfinite(value):
                 raise ValueError(f"metric {metric} is {value}")
         except Exception as error:  # noqa: BLE001
-            failure = {"where": "score", "type": type(error).__name__, "message": str(error)}
+            failure = {
+                "where": "score",
+                "metric": metric,
+                "type": type(error).__name__,
+                "message": str(error),
+            }
             self.failures.append({"row": label, "id": None, **failure})
             return None
         return value
@@ -193,6 +203,12 @@ class _Column:
         value = aggregator.value(self.label, self.metric, items)
         return _Column(self.label, self.metric, records, items, value)
 
+    @property
+    def varies(self) -> bool:
+        """Whether not all items are alike."""
+        numbers = _numbers(self.items) or [0.0]
+        return min(numbers) < max(numbers)
+
     def is_mean(self, unit: float) -> bool:
         """Whether the figure is the mean of the items times the unit."""
         numbers = _numbers(self.items)
@@ -200,6 +216,27 @@ class _Column:
             return False
         mean = math.fsum(numbers) / len(numbers) * unit
         return abs(mean - self.value) <= TOLERANCE * max(1.0, abs(self.value))
+
+
+def _is_share(columns: Mapping[str, _Column], unit: float | None) -> bool:
+    """Whether a metric is the mean of items that all lie in 0 to 1."""
+    if unit != 1:
+        return False
+    items = [item for column in columns.values() for item in _numbers(column.items) or ()]
+    return bool(items) and all(0.0 <= item <= 1.0 for item in items)
+
+
+def _clusters(rows: Sequence[_Row]) -> int:
+    """Independent samples: clusters, and those that stand alone."""
+    found = {
+        (
+            record["cluster"] is None,
+            record["id"] if record["cluster"] is None else record["cluster"],
+        )
+        for row in rows
+        for record in row.finished
+    }
+    return len(found)
 
 
 def _columns(metric: str, rows: Sequence[_Row], aggregator: _Aggregator) -> dict[str, _Column]:
@@ -229,8 +266,8 @@ def _unit(columns: Mapping[str, _Column], metric: Mapping[str, Any]) -> float | 
     known = [column for column in columns.values() if column.value is not None]
     # Where nothing is right, no unit can be told from another.
     units = UNITS if any(column.value for column in known) else UNITS[:1]
-    if units != UNITS and metric["aggregation"] != "mean":
-        return None
+    if metric["aggregation"] != "mean" and not any(column.varies for column in known):
+        return None  # alike items have the same mean as any function of theirs, such as an F1
     return next((unit for unit in units if all(one.is_mean(unit) for one in known)), None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,19 @@ class _Index:
                     )
                 self.groups.setdefault(tag, []).append(task)
 
+    def files_of(self, group: str) -> dict[str, Path]:
+        """The YAML files of a group and of the tasks and groups in it, as far as they are here."""
+        found: dict[str, Path] = {}
+        todo = [group]
+        while todo:
+            name = todo.pop()
+            path = self.tasks[name].path if name in self.tasks else self._group_files.get(name)
+            if path is not None and name not in found:
+                found[name] = path
+                for member in self.groups.get(name, []):
+                    todo += _names(member.get("task") if isinstance(member, dict) else member)
+        return found
+
     def names(self) -> list[str]:
         """Everything that can be asked for."""
         return sorted((*self.tasks, *self.groups))
@@ -212,7 +225,7 @@ def _task(name: str, index: _Index, include_path: Sequence[Path]) -> Task:
     if reason is None:
         return LocalTask(found.path, found.source)
     why = f"task {name!r}: {found.path} uses what only lmms-eval reads ({reason})"
-    return _of_lmms_eval(name, index, include_path, why)[0]
+    return _of_lmms_eval(name, index, include_path, why, {name: found.path})[0]
 
 
 def _members(
@@ -227,7 +240,7 @@ def _members(
     members = index.groups[group]
     if not all(isinstance(member, str) for member in members):
         why = f"group {group!r}: changes settings of its tasks, which only lmms-eval can"
-        return _of_lmms_eval(group, index, include_path, why)
+        return _of_lmms_eval(group, index, include_path, why, index.files_of(group))
     tasks: dict[str, Task] = {}
     for member in members:
         if member in index.tasks:
@@ -243,7 +256,13 @@ def _members(
     return list(tasks.values())
 
 
-def _of_lmms_eval(entry: str, index: _Index, include_path: Sequence[Path], why: str) -> list[Task]:
+def _of_lmms_eval(
+    entry: str,
+    index: _Index,
+    include_path: Sequence[Path],
+    why: str,
+    files: Mapping[str, Path] | None = None,
+) -> list[Task]:
     """Tasks that only lmms-eval can read or knows.
 
     Args:
@@ -251,6 +270,7 @@ def _of_lmms_eval(entry: str, index: _Index, include_path: Sequence[Path], why: 
         index: of our names.
         include_path: as given.
         why: they are lmms-eval's, to begin a message with.
+        files: YAML by name, where they are ours: lmms-eval must read these and none of its own.
     """
     known = index.names()
     hint = did_you_mean(entry, known) if entry not in known else ""
@@ -264,7 +284,7 @@ def _of_lmms_eval(entry: str, index: _Index, include_path: Sequence[Path], why: 
     from eval.lmms_task import lmms_tasks
 
     try:
-        return list(lmms_tasks(entry, include_path))
+        return list(lmms_tasks(entry, include_path, files or {}))
     except SettingsError as error:
         if hint and hint not in str(error):
             raise SettingsError(f"{error} Among the bundled and local tasks:{hint}") from error

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from eval.engine import Engine, Outcome, failure
 from eval.lmms_arguments import read_arguments
+from eval.lmms_ids import id_column
 from eval.messages import generation_of, sample_of_messages
 from eval.task import Sample
 from mmlm_efficient import load
-from mmlm_efficient.errors import RunError, UnsupportedError
+from mmlm_efficient.errors import DataError, RunError, UnsupportedError
 
 # Means over the samples, shown by lmms-eval as avg_<name>.
 _MEANS = (
@@ -53,20 +54,33 @@ class _Asked:
     """A request of lmms-eval, before its document is read.
 
     Attributes:
-        id: the document's number; further requests for the same document have "#2" and so on.
+        again: which request for this document it is, from 1.
         task, split: where the document is.
         number: of the document.
+        column: that has the documents' ids; None where their numbers are their ids.
         messages: the task's doc_to_messages.
         generation, until: see `Sample`.
     """
 
-    id: str
+    again: int
     task: str
     split: str
     number: int
+    column: str | None
     messages: Callable[..., Any]
     generation: Mapping[str, Any]
     until: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Unique in its task, and known before the document is read."""
+        return f"{self.number}" if self.again == 1 else f"{self.number}#{self.again}"
+
+    def id(self, doc: Any) -> str:
+        """What the runner calls the sample; further requests for it have "#2" and so on."""
+        if self.column is None:
+            return self.key
+        return f"{doc[self.column]}" if self.again == 1 else f"{doc[self.column]}#{self.again}"
 
     @property
     def settings(self) -> tuple[str, str]:
@@ -221,23 +235,28 @@ class EfficientChatModel(lmms):  # type: ignore[misc]
             generation, until = generation_of(given, self._defaults)
             seen[task, split, number] += 1
             again = seen[task, split, number]
-            id = str(number) if again == 1 else f"{number}#{again}"
-            asked.append(_Asked(id, task, split, number, messages, generation, until))
+            column = id_column(request.metadata)
+            asked.append(_Asked(again, task, split, number, column, messages, generation, until))
         return asked
 
     def _answer(self, asked: Sequence[_Asked], tally: _Tally) -> list[Outcome]:
         """Outcomes of a batch; a sample whose document cannot be read fails alone."""
         found: dict[str, Outcome] = {}
-        samples = []
+        samples: dict[str, Sample] = {}
         for one in asked:
             try:
-                messages = one.messages(self._doc(one))
-                samples.append(sample_of_messages(one.id, messages, one.generation, one.until))
+                doc = self._doc(one)
+                id = one.id(doc)
+                if any(sample.id == id for sample in samples.values()):
+                    raise DataError(f"column {one.column!r} has {id!r} several times.")
+                messages = one.messages(doc)
+                samples[one.key] = sample_of_messages(id, messages, one.generation, one.until)
             # Recorded, and raised when all others have been asked.
             except Exception as error:  # noqa: BLE001
-                found[one.id] = failure(one.id, error, "media")
-        found |= {outcome.id: outcome for outcome in self._ask(samples, tally)}
-        return [found[one.id] for one in asked]
+                found[one.key] = failure(one.key, error, "media")
+        outcomes = self._ask(list(samples.values()), tally)
+        found |= dict(zip(samples, outcomes, strict=True))
+        return [found[one.key] for one in asked]
 
     def _rounds(self, asked: _Asked, tally: _Tally) -> list[str]:
         """One dialogue: the task makes the next messages from the answers so far."""
@@ -247,7 +266,7 @@ class EfficientChatModel(lmms):  # type: ignore[misc]
             doc = self._doc(asked)
             messages = asked.messages(doc)
             while True:
-                id = f"{asked.id}, round {len(texts) + 1}"
+                id = f"{asked.id(doc)}, round {len(texts) + 1}"
                 sample = sample_of_messages(id, messages, asked.generation, asked.until)
                 [outcome] = self._ask([sample], tally)
                 texts.append(tally.add(asked, outcome))
@@ -266,7 +285,7 @@ class EfficientChatModel(lmms):  # type: ignore[misc]
                 messages, info = step[0], step[3]
         # As in `_answer`.
         except Exception as error:  # noqa: BLE001
-            tally.add(asked, failure(asked.id, error, "media"))
+            tally.add(asked, failure(asked.key, error, "media"))
             return texts
 
     def _ask(self, samples: Sequence[Sample], tally: _Tally) -> list[Outcome]:

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 
 from eval.lmms_digest import data_digest
+from eval.lmms_ids import ids_of
 from eval.lmms_plugin import MODEL_NAME
 from eval.messages import generation_of, sample_of_messages
 from eval.task import Metric, Sample
+from eval.task_scores import parameters_of
 from mmlm_efficient.errors import (
     DataError,
     MMLMError,
@@ -43,16 +45,22 @@ _TRUE = ("1", "true", "yes", "on")
 _LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "pandas")
 
 
-def lmms_tasks(entry: str, include_path: Sequence[str | os.PathLike[str]] = ()) -> list[LmmsTask]:
+def lmms_tasks(
+    entry: str,
+    include_path: Sequence[str | os.PathLike[str]] = (),
+    files: Mapping[str, Path] | None = None,
+) -> list[LmmsTask]:
     """The tasks behind a name of lmms-eval: a task, a tag, or a group with all its tasks.
 
     Args:
         entry: name of a task of lmms-eval or of a YAML file under `include_path`.
         include_path: further folders with YAML files of lmms-eval; its own tasks win.
+        files: YAML files by name that are meant, none of lmms-eval's own.
 
     Raises:
         MissingExtraError: lmms-eval is not installed.
-        SettingsError: no such task, naming the nearest, or no such folder.
+        SettingsError: no such task, naming the nearest, no such folder, or lmms-eval has a task of
+            its own with the name of one of `files`.
         UnsupportedError: the task does not ask for generated text, or wants few-shot or repeats.
         DataError: its data cannot be read, or its definition cannot be loaded.
     """
@@ -65,18 +73,26 @@ def lmms_tasks(entry: str, include_path: Sequence[str | os.PathLike[str]] = ()) 
             + (f" nor in {', '.join(map(str, include_path))}." if include_path else ".")
             + hint
         )
+    for name, path in (files or {}).items():
+        _check_file(manager, name, path)
     return [LmmsTask(task) for task in _load(manager, entry)]
 
 
-def lmms_task_names(include_path: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
-    """Every name that `lmms_tasks` takes, sorted."""
-    return list(_task_manager(include_path).all_tasks)
+def _check_file(manager: Any, name: str, path: Path) -> None:
+    """Refuse a name that lmms-eval has itself."""
+    known = manager.task_index.get(name, {}).get("yaml_path", path)
+    if known == -1 or not os.path.samefile(known, path):
+        raise SettingsError(
+            f"task {name!r}: lmms-eval has a task or group of this name, which it would run "
+            f"instead of {path}: rename yours."
+        )
 
 
 class LmmsTask:
     """One task of lmms-eval; see `eval.task.Task`.
 
-    Its samples are the documents that lmms-eval evaluates, with their numbers as ids. Scores are
+    Its samples are the documents that lmms-eval evaluates; their ids are the values of the column
+    that the task's metadata names as id_column, else the documents' numbers. Scores are
     those of `lmms-eval` from its command line: process_results gets documents without pictures
     unless the task asks for them. A task with several filters has each metric once per filter,
     named "metric,filter".
@@ -96,7 +112,8 @@ class LmmsTask:
         self._docs = task.eval_docs
         self._docs_no_media = task.eval_docs_no_media
         self._check_columns()
-        self.ids = tuple(str(number) for number in range(len(self._docs)))
+        self.ids = ids_of(self.name, task.config.metadata, self._docs_no_media)
+        self._numbers = {id: number for number, id in enumerate(self.ids)}
         self.version = str(task.VERSION)
         self.metrics = self._metrics()
         try:
@@ -201,7 +218,7 @@ class LmmsTask:
         function = self._task.aggregation()[name]
         with tempfile.TemporaryDirectory() as folder:
             extra = {}
-            if "args" in inspect.signature(function).parameters:
+            if "args" in parameters_of(function):
                 extra["args"] = argparse.Namespace(output_path=folder)
             try:
                 value = function(copy.deepcopy(list(items)), **extra)
@@ -217,11 +234,11 @@ class LmmsTask:
         return float(value)
 
     def _number(self, id: str) -> int:
-        if not id.isdecimal() or int(id) >= len(self.ids):
+        if id not in self._numbers:
             raise SettingsError(
-                f"task {self.name}: no sample {id!r}. Its ids are 0 to {len(self.ids) - 1}."
+                f"task {self.name}: no sample {id!r}. Its ids are {self.ids[0]} to {self.ids[-1]}."
             )
-        return int(id)
+        return self._numbers[id]
 
 
 def plain(value: Any, where: str) -> Any:
@@ -309,7 +326,7 @@ def _check_supported(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _task_manager(include_path: Sequence[str | os.PathLike[str]]) -> Any:
-    require_extra("lmms_eval", "eval")
+    require_extra("lmms_eval", "lmms-eval")
     folders = tuple(os.fspath(folder) for folder in include_path)
     for folder in folders:
         if not Path(folder).is_dir():
@@ -366,6 +383,8 @@ def _load(manager: Any, entry: str) -> Iterator[Any]:
             tasks = get_task_dict([entry], manager, task_type="chat")
     except MMLMError:
         raise
+    except SystemExit as error:
+        raise DataError(f"task {entry}: its Python code wants to exit.") from error
     except Exception as error:
         raise _trouble(entry, config, error) from error
     for task in _leaves(tasks):

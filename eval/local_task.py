@@ -3,8 +3,20 @@
 A subset of the format: questions that are answered once by generation (`output_type:
 generate_until`), data from one local file a split. What each key means here is what it means to
 lmms-eval 0.7.3 with a chat model, so that the same file gives the same questions and scores both
-ways; `LocalTask.why_not` says what in a YAML is outside the subset. Only paths are better off:
-those of pictures are relative to the data file, in lmms-eval to the folder it was started in.
+ways; `LocalTask.why_not` says what in a YAML is outside the subset. Some things work here alone:
+
+- Paths of pictures and videos are relative to the data file, in lmms-eval to the folder that it
+  was started in.
+- A column that doc_to_visual names may hold lists of pictures, or bare bytes, which lmms-eval
+  refuses. And {bytes, path} in Parquet is a picture even where the file does not declare it one;
+  lmms-eval calls it a video, and where it has a path keeps that alone (without one, our model
+  there knows it by its bytes).
+
+Values of JSON are those that lmms-eval sees, which gives each column one type (`task_json`): in a
+column with a fraction all numbers are fractions, also within lists. What it would read as
+something else is refused: texts that are all dates or times, where a key names the column, a
+template uses it, or a function gets the rows; texts such as "7" or fractions beside values of other
+kinds; more than ten decimals in a file that is one array; other types behind the first 10 MiB.
 
 Beyond lmms-eval's keys, `metadata` may hold `version`; `id_column`, `group_column` and
 `cluster_column` (see `task.Sample`); `columns`, all that the data must have; `rows`, how many there
@@ -15,8 +27,9 @@ say of the task.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +38,8 @@ from typing import Any
 from eval import task_scores
 from eval.messages import generation_of, sample_of_messages
 from eval.task import Metric, Sample
-from eval.task_data import read_rows, require_column
-from eval.task_messages import user_turn, with_media
+from eval.task_data import Rows, read_rows, refuse_times, require_column
+from eval.task_messages import media_sizes, user_turn, with_media
 from eval.task_metrics import match_options, metrics_of
 from eval.task_template import targets_of, texts_of
 from eval.task_yaml import Function, TaskYaml, did_you_mean, read_yaml, unsupported
@@ -43,10 +56,12 @@ class LocalTask:
 
     Attributes:
         path: of the YAML.
-        alias: the task's name for people.
-        data_sha: 12 hex of SHA-256 over the YAML, what it includes, the function files beside it
-            and the data file, whatever folder they lie in. Not over functions of importable
-            modules, nor over pictures and videos that the data name by path.
+        data_sha: 12 hex of SHA-256 over the bytes of the YAML, of what it includes, of the Python
+            files beside it that it names by !function, and of the data file, whatever folder they
+            lie in; and over path (as written) and size in bytes of every picture, sound or video
+            that a text of the data names and that exists, seen from the data file's folder. It
+            says nothing of the contents of such media, of media that only a function finds, or of
+            modules that the functions import or that are named by !function from elsewhere.
     """
 
     def __init__(self, path: Path, source: str | None = None) -> None:
@@ -71,7 +86,6 @@ class LocalTask:
                 "pip install 'mmlm-efficient[lmms-eval]'"
             )
         self.name = self._needed("task")
-        self.alias = str(values.get("task_alias", self.name))
         self._metadata = _metadata(values, self.path)
         self.version = str(self._metadata.get("version", "0"))
         note = self._metadata.get("note")
@@ -87,7 +101,8 @@ class LocalTask:
         self._groups = self._labels("group_column")
         self._clusters = self._labels("cluster_column")
         self._texts, self._targets = self._checked_texts()
-        self.data_sha = _data_sha(self._yaml, self._rows.path)
+        self._check_functions()
+        self.data_sha = _data_sha(self._yaml, self._rows)
         # Finds functions that fail on every row; a broken picture is this sample's own affair.
         with contextlib.suppress(MediaError):
             self.sample(self.ids[0])
@@ -100,11 +115,6 @@ class LocalTask:
             DataError: it is missing or not YAML.
         """
         return unsupported(read_yaml(Path(path)).values)
-
-    @staticmethod
-    def can_read(path: Path) -> bool:
-        """Whether a YAML uses only what `LocalTask` knows."""
-        return LocalTask.why_not(path) is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Functions of files beside the YAML cannot be pickled: another process reads them anew.
@@ -123,7 +133,7 @@ class LocalTask:
         """
         position = self._position(id)
         where = self._place(position)
-        messages = self._messages(position)
+        messages = self._messages(position, self._rows.row(position))
         try:
             sample = sample_of_messages(
                 id,
@@ -147,7 +157,8 @@ class LocalTask:
 
         Raises:
             SettingsError: no such sample.
-            DataError: process_results gives no item of a metric, or something that is none.
+            DataError: process_results gives no item of a metric, or something that is none; or
+                exact_match has a list of right answers for some samples and a text for others.
             Exception: whatever process_results raises.
         """
         position = self._position(id)
@@ -155,9 +166,12 @@ class LocalTask:
         function = self._yaml.values.get("process_results")
         if function is None:
             options = match_options(self._yaml.values)
-            targets = _text_targets(self._target(position), where)
+            targets = self._text_targets(self._target(position), where)
             return {self.metrics[0].name: task_scores.exact_match(answer, targets, **options)}
-        items = self._functions[function](self._rows.row(position), [answer.strip()])
+        try:
+            items = self._functions[function](self._scored_row(position), [answer.strip()])
+        except SystemExit as error:
+            raise DataError(f"{where}: !function {function.text} wants to exit.") from error
         if not isinstance(items, Mapping):
             raise DataError(f"{where}: {function.text} gave {items!r:.80}, not a mapping.")
         # Some tasks (such as MME) have metrics that belong to a part of their samples only.
@@ -174,7 +188,7 @@ class LocalTask:
 
         Raises:
             SettingsError: no such metric.
-            DataError: no items, or the task's function gives no number.
+            DataError: no items, or the task's function fails or gives no number.
         """
         if metric not in self._aggregations:
             known = [one.name for one in self.metrics]
@@ -184,7 +198,12 @@ class LocalTask:
             )
         if len(items) == 0:
             raise DataError(f"{self.name}: no sample has a {metric} to aggregate.")
-        figure = self._aggregations[metric](list(items))
+        try:
+            figure = self._aggregations[metric](copy.deepcopy(list(items)))
+        except (Exception, SystemExit) as error:
+            raise DataError(
+                f"{self.name}: the aggregation of {metric} fails: {type(error).__name__}: {error}"
+            ) from error
         return task_scores.number(figure, f"{self.name}: figure of {metric}")
 
     # -- parts -------------------------------------------------------------------------------
@@ -199,6 +218,10 @@ class LocalTask:
         """The file of the test split."""
         split = self._needed("test_split")
         given = self._yaml.values.get("dataset_kwargs", {}).get("data_files", {})
+        if given is None or (isinstance(given, Mapping) and given.get(split, "") is None):
+            raise DataError(
+                f"{self.path}: data_files: names no file. Write data_files: {{{split}: FILE}}."
+            )
         # A file that is given alone is the split "train" to `datasets`.
         files: dict[str, str] = {"train": given} if isinstance(given, str) else given
         if split not in files:
@@ -225,7 +248,8 @@ class LocalTask:
         require_column(rows, column, "metadata.id_column")
         seen: dict[str, int] = {}
         for position, value in enumerate(rows.column(column)):
-            if not isinstance(value, str | int) or not str(value).strip():
+            whole = isinstance(value, str | int) and not isinstance(value, bool)
+            if not whole or not str(value).strip():
                 raise DataError(
                     f"{rows.place(position)}: id {value!r} in column '{column}' must be a text or "
                     "a whole number."
@@ -238,12 +262,13 @@ class LocalTask:
             seen[str(value)] = position
         return list(seen)
 
-    def _labels(self, key: str) -> list[str] | None:
+    def _labels(self, key: str) -> list[str | None] | None:
         column = self._metadata.get(key)
         if column is None:
             return None
-        require_column(self._rows, column, f"metadata.{key}")
-        return [str(value) for value in self._rows.column(column)]
+        require_column(self._rows, column, f"metadata.{key}", full=False)
+        values = self._rows.column(column)
+        return [None if value is None else str(value) for value in values]
 
     def _checked_texts(self) -> tuple[list[str] | None, list[Any] | None]:
         """Texts and targets of all rows, as far as no function makes them."""
@@ -258,8 +283,16 @@ class LocalTask:
         targets = targets_of(rows, target, "doc_to_target") if isinstance(target, str) else None
         if "process_results" not in values:
             for position, one in enumerate(targets or ()):
-                _text_targets(one, f"{rows.place(position)}: target")
+                many = targets is not None and isinstance(targets[0], list)
+                _texts_in(one, f"{rows.place(position)}: target", many)
         return texts, targets
+
+    def _check_functions(self) -> None:
+        """Functions may look at every column that they get."""
+        for key, value in self._yaml.values.items():
+            if isinstance(value, Function):
+                used = list(self._rows.times)
+                refuse_times(self._rows, used, f"{key} (!function {value.text})")
 
     def _position(self, id: str) -> int:
         if id not in self._positions:
@@ -269,23 +302,30 @@ class LocalTask:
     def _place(self, position: int) -> str:
         return self._rows.place(position)
 
-    def _messages(self, position: int) -> Any:
+    def _scored_row(self, position: int) -> dict[str, Any]:
+        """A row as functions that score get it."""
+        if self._yaml.values.get("process_results_use_image", False):
+            return self._rows.row(position)
+        return self._rows.bare_row(position)
+
+    def _messages(self, position: int, row: dict[str, Any]) -> Any:
         """What is said to the model, in lmms-eval's words."""
         values = self._yaml.values
         if "doc_to_messages" in values:
-            return self._made(values["doc_to_messages"], position)
+            return self._made(values["doc_to_messages"], position, row)
         visual, where = values.get("doc_to_visual"), self._place(position)
-        text = self._text(position)
         if isinstance(visual, str):
-            shown = self._rows.row(position)[visual]
-            visuals = shown if isinstance(shown, list) else [shown]
-            return user_turn(text, visuals, f"{where}, column '{visual}'")
-        return user_turn(text, None if visual is None else self._made(visual, position), where)
+            where, shown = f"{where}, column '{visual}'", row[visual]
+            shown = shown if isinstance(shown, list) else [shown]
+        else:
+            shown = None if visual is None else self._made(visual, position, row)
+        # As in lmms-eval, after the visuals and from the same row.
+        return user_turn(self._text(position, row), shown, where)
 
-    def _text(self, position: int) -> str:
+    def _text(self, position: int, row: dict[str, Any]) -> str:
         if self._texts is not None:
             return self._texts[position]
-        text = self._made(self._yaml.values["doc_to_text"], position)
+        text = self._made(self._yaml.values["doc_to_text"], position, row)
         if not isinstance(text, str):
             raise DataError(
                 f"{self._place(position)}: doc_to_text gave {text!r:.80}, which is no text."
@@ -295,16 +335,20 @@ class LocalTask:
     def _target(self, position: int) -> Any:
         if self._targets is not None:
             return self._targets[position]
-        return self._made(self._yaml.values["doc_to_target"], position)
+        row = self._scored_row(position)
+        return self._made(self._yaml.values["doc_to_target"], position, row)
 
-    def _made(self, function: Function, position: int) -> Any:
+    def _text_targets(self, target: Any, where: str) -> list[str]:
+        """The right answers that exact_match compares with."""
+        return _texts_in(target, where, isinstance(self._target(0), list))
+
+    def _made(self, function: Function, position: int, row: dict[str, Any]) -> Any:
         """What a function of the task makes of a row; its failure is one of the data."""
-        row = self._rows.row(position)
         try:
             return self._functions[function](row)
         except MMLMError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"{self._place(position)}: !function {function.text} of {self.path} fails: "
                 f"{type(error).__name__}: {error}"
@@ -316,8 +360,15 @@ class LocalTask:
         return task_scores.plain_json(items[metric.name], f"{where}: {metric.name}")
 
 
-def _text_targets(target: Any, where: str) -> list[str]:
-    """The right answers that exact_match compares with."""
+def _texts_in(target: Any, where: str, many: bool) -> list[str]:
+    """The right answers in a target; many says whether the first row's is a list."""
+    if isinstance(target, list) != many:
+        kinds = ("a list", "not one") if many else ("no list", "one")
+        raise DataError(
+            f"{where}: the target of the first row is {kinds[0]}, this one is {kinds[1]}: "
+            f"{target!r:.80}. lmms-eval scores all samples as the first one, so write lists "
+            "everywhere, or nowhere."
+        )
     targets = target if isinstance(target, list) else [target]
     if not targets or not all(isinstance(one, str) for one in targets):
         raise DataError(
@@ -334,6 +385,9 @@ def _metadata(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(part, Mapping):
             raise DataError(f"{path}: metadata: expected a mapping, got {part!r:.80}.")
         merged.update(part)
+    if isinstance(given, list) and "id_column" in merged:
+        # lmms-eval passes only mappings on to models, and our model there needs it for its ids.
+        raise DataError(f"{path}: metadata: is a list; with id_column, write it as a mapping.")
     for key in ("id_column", "group_column", "cluster_column", "note"):
         if not isinstance(merged.get(key, ""), str):
             raise DataError(f"{path}: metadata.{key}: expected a text, got {merged[key]!r:.80}.")
@@ -363,7 +417,7 @@ def _aggregations(
         if not isinstance(how, Function):
             found[metric["metric"]] = task_scores.mean
             continue
-        if "args" in inspect.signature(functions[how]).parameters:
+        if "args" in task_scores.parameters_of(functions[how]):
             raise UnsupportedError(
                 f"!function {how.text} of {how.folder}: takes `args`, lmms-eval's command line, "
                 "so that only lmms-eval can run it."
@@ -372,11 +426,13 @@ def _aggregations(
     return found
 
 
-def _data_sha(definition: TaskYaml, data: Path) -> str:
+def _data_sha(definition: TaskYaml, rows: Rows) -> str:
     beside = {function.file.name: function.file for function in definition.functions()}
     files = [beside[name] for name in sorted(beside) if beside[name].is_file()]
     digest = hashlib.sha256()
-    for file in (*definition.files, *files, data):
+    for file in (*definition.files, *files, rows.path):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for name, size in media_sizes(rows.texts(), rows.path.parent):
+        digest.update(json.dumps([name, size]).encode())
     return digest.hexdigest()[:12]

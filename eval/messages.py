@@ -7,6 +7,7 @@ of generate(), texts to stop at, and notes for particular models: they are told 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 _MARKS = {"image": IMAGE, "video": VIDEO}
 # The same words without being a mark.
 _WORDS = {IMAGE: "[image]", VIDEO: "[video]"}
+# How the files of pictures begin: PNG, JPEG, GIF, BMP, TIFF; WebP says so further on.
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _SUPPORTED = "Supported: one turn of the user, with texts, pictures and at most one video"
 
 # Notes of tasks for lmms-eval itself or for other models' preprocessing; never for generate().
@@ -151,9 +154,17 @@ def _part(item: Any) -> _Part:
                     f"messages: {name}={times[name]!r} asks for a part of a video. Cut the video "
                     "beforehand: whole videos are supported."
                 )
-        return _Part(str(kind), _source(item["url"]))
+        source = _source(item["url"])
+        # What lmms-eval makes of bytes whose column is not declared as pictures.
+        if kind == "video" and isinstance(source, bytes) and _is_picture(source):
+            kind = "image"
+        return _Part(str(kind), source)
     shown = "sound" if kind == "audio" else f"content {item!r:.80}"
     raise UnsupportedError(f"messages: {shown}. {_SUPPORTED}.")
+
+
+def _is_picture(data: bytes) -> bool:
+    return data.startswith(_PICTURES) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
 
 
 def _source(url: Any) -> Any:
@@ -174,8 +185,9 @@ def generation_of(
     """Arguments of generate() and the texts to stop at, from lmms-eval's generation_kwargs.
 
     Sampling: do_sample decides; without it, a temperature above 0 does, as in lmms-eval's own
-    models. Temperature 0 and top_p 0 leave one choice, which is greedy. Greedy answers lose what
-    only sampling uses. Seeds are the run's: one in the task is not used.
+    models. A temperature may be a text such as "0.5", of which lmms-eval makes a number too.
+    Temperature 0 and top_p 0 leave one choice, which is greedy. Greedy answers lose what only
+    sampling uses. Seeds are the run's: one in the task is not used.
 
     Args:
         given: of a task, with what was given on the command line.
@@ -197,12 +209,11 @@ def generation_of(
         for name, value in merged.items()
         if value is not None and name not in _NOTES and name != "seed"
     }
-    temperature = found.get("temperature", 0)
-    warm = isinstance(temperature, int | float) and temperature > 0
-    sampling = found.pop("do_sample", warm)
-    if sampling is True and (
-        found.get("top_p") == 0 or ("temperature" in found and temperature == 0)
-    ):
+    if "temperature" in found:
+        found["temperature"] = _temperature(found["temperature"])
+    temperature = found.get("temperature")
+    sampling = found.pop("do_sample", temperature is not None and temperature > 0)
+    if sampling is True and (found.get("top_p") == 0 or temperature == 0):
         sampling = False
     found["do_sample"] = sampling
     check_generation(found)
@@ -210,6 +221,16 @@ def generation_of(
         found = {name: value for name, value in found.items() if name not in _SAMPLING_ONLY}
     check_for_answers(found, found.get("max_new_tokens"))
     return found, until
+
+
+def _temperature(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise SettingsError(f"temperature must be a number, 0 or above, got {value!r:.80}.")
+    return number
 
 
 def _texts(name: str, value: Any) -> list[str]:

@@ -6,18 +6,21 @@ the place of each row in the drawing, so that reports show text as text.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval.report_words import in_words
+from eval.schema import explained
 from eval.task import IMAGE, VIDEO, Sample
-from mmlm_efficient.errors import MediaError, MMLMError
+from mmlm_efficient.errors import DataError, MediaError, MMLMError
 from mmlm_efficient.families.base import Fit
 from mmlm_efficient.files import write_json
 from mmlm_efficient.plot_grids import MARGIN_PX, PICTURE_PX, Pixels, is_video
@@ -26,10 +29,52 @@ from mmlm_efficient.tokens import ImageReport, TokenPlaces
 from mmlm_efficient.video import FrameSampling, Video, load_video
 
 FORMAT = 1
+OVERLAYS = 4  # samples of a task that are drawn, and shown in its report
 SHOWN = 4  # pictures or frames of a sample
 COLUMNS = 5
 _QUESTION, _ANSWER = 400, 120  # characters drawn; the side file has all of them
 _EMPTY = (232, 234, 237)
+
+
+class SidePanel(BaseModel):
+    """One row of a drawing, as its side file has it; box: left, top, right, bottom, in pixels."""
+
+    model_config = ConfigDict(strict=True)
+
+    row: str
+    box: Annotated[list[int], Field(min_length=4, max_length=4)] | None
+    tokens: str
+
+
+class Side(BaseModel):
+    """What lies beside a drawing as text; answers by row."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    question: str
+    target: Any
+    answers: dict[str, str]
+    panels: list[SidePanel]
+
+
+def read_side(file: Path) -> Side:
+    """The side file of a drawing.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or of another format.
+    """
+    try:
+        side = Side.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        raise DataError(f"{file}: is damaged: {explained(error).removeprefix(': ')}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: is damaged, it is no JSON ({error}).") from error
+    if side.format != FORMAT:
+        raise DataError(f"{file}: is of format {side.format}, this version reads {FORMAT}.")
+    return side
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from eval.model_digest import model_digest, tower_digest
 from eval.rows import Budget, Row, rows, rows_from_text
 from eval.schema import (
     Expected,
@@ -54,8 +55,6 @@ from mmlm_efficient.settings import Config, check_for_answers, refuse_unknown
 
 _MODEL_KEYS = tuple(name for name in Config.model_fields if name != "methods")
 _KEYS = (*_MODEL_KEYS, *RunKeys.model_fields)
-# Files beside the weights that decide what a model computes.
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _DIGITS = 12
 
 Numbers = Mapping[str, Mapping[str, float]]
@@ -100,7 +99,8 @@ class Job:
     def config_sha(self) -> str:
         """Of all that can change an answer and is the same for all rows, 12 hex digits.
 
-        The weights are looked at, so the model must be here; one of the hub is fetched if need be.
+        The weights are looked at, and those of a vision tower apart from them, so the model must be
+        here; one of the hub is fetched if need be.
 
         Raises:
             ModelLoadError: the model or the device is not there.
@@ -110,8 +110,8 @@ class Job:
         device = check_device(self.model.device)
         described = {
             "model": model_name(None, self.model.model).rstrip("/").rpartition("/")[2],
-            "weights": _weights(self.model.model),
-            "vision_tower": _tower(self.model.vision_tower),
+            "weights": model_digest(self.model.model),
+            "vision_tower": tower_digest(self.model.model, self.model.vision_tower),
             "dtype": str(check_dtype(self.model.dtype, device)),
             "device": device.type,
             "quantization": self.model.quantization,
@@ -120,6 +120,10 @@ class Job:
             "seed": self.seed,
         }
         return _digest(described)
+
+    def row_settings(self) -> dict[str, dict[str, Any]]:
+        """By label, all that a row does on this model; see `Row.settings_on`."""
+        return {row.label: row.settings_on(self.model.model) for row in self.rows}
 
     def to_dict(self) -> dict[str, Any]:
         """As a config writes it, with everything spelt out."""
@@ -270,6 +274,35 @@ def load_eval_config(source: str | os.PathLike[str], *, lenient: bool = False) -
     return EvalConfig.read(values, name, folder=path.parent, name=stem, lenient=lenient)
 
 
+def check_task_keys(job: Job, tasks: Mapping[str, Sequence[str]]) -> None:
+    """Refuse what a config says of a task where the name is a group's: it would go unused.
+
+    Args:
+        job: whose `metric` and published numbers are checked.
+        tasks: by entry of the job, the names of the tasks that it stands for.
+
+    Raises:
+        SettingsError: naming the key, and what to write instead.
+
+    Example:
+        >>> job = EvalConfig.read({"tasks": ["all"], "metric": {"all": "x"}}).runs[0]
+        >>> check_task_keys(job, {"all": ["all"]})
+        >>> check_task_keys(job, {"all": ["one", "two"]})
+        Traceback (most recent call last):
+        mmlm_efficient.errors.SettingsError: run pocket: metric: 'all' is a group, not a task. ...
+    """
+    known = {name for names in tasks.values() for name in names}
+    places = {"metric": job.metric, "expected": {**job.expected, **job.not_compared}}
+    for place, keys in places.items():
+        for key in keys:
+            if key not in known:
+                members = ", ".join(tasks.get(key, ()))
+                raise SettingsError(
+                    f"run {job.run}: {place}: {key!r} is a group, not a task. List its tasks under "
+                    f"tasks, as [{members}], and name those of them that you mean."
+                )
+
+
 def eval_preset_names() -> list[str]:
     """Names that `load_eval_config` takes beside paths.
 
@@ -332,9 +365,11 @@ def config_from_options(
             one = {name: one[name] for name in one if name not in ("expected", "name")}
         folders = [*one.get("include_path", ()), *further]
         merged.append({**one, **changed, "include_path": folders})
-    if len(merged) == 1:
-        return EvalConfig.read(merged[0], "options", lenient=lenient, narrow=True)
     name = None if config is None else config.name
+    if len(merged) == 1:
+        found = EvalConfig.read(merged[0], "options", lenient=lenient, narrow=True)
+        # Without its own name, the run is of another model than the config's.
+        return replace(found, name=name) if name and "name" in merged[0] else found
     values = {"name": name, "runs": merged}
     return EvalConfig.read(values, "options", lenient=lenient, narrow=True)
 
@@ -451,30 +486,3 @@ def _check_model(model: Config, where: str) -> None:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-def _weights(source: str) -> str:
-    """What tells a model from others: the commit of a hub id, else a digest of its files."""
-    from mmlm_efficient.loading import find_folder
-
-    folder = find_folder(source)
-    if folder.parent.name == "snapshots":
-        return f"{source} @ {folder.name}"
-    return _folder_digest(folder)
-
-
-def _folder_digest(folder: Path) -> str:
-    """Of the weights, by pieces, and of the small files, as a whole."""
-    from mmlm_efficient.calibration.digests import _file_digest, _weight_files
-
-    total = hashlib.sha256()
-    for file in _weight_files(None, str(folder)):
-        total.update(_file_digest(file))
-    for file in sorted(file for pattern in _SMALL_FILES for file in folder.glob(pattern)):
-        total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
-
-
-def _tower(source: str | None) -> str | None:
-    folder = None if source is None else Path(os.path.expanduser(source))
-    return _folder_digest(folder) if folder is not None and folder.is_dir() else source

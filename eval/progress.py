@@ -26,6 +26,7 @@ class TaskBar:
     def __init__(self, task: Task, total: int, before: Iterable[Record]) -> None:
         self._metric = task.metrics[0].name
         self._sums: dict[str, tuple[float, int]] = {}
+        self._shares = True
         self._failed = 0
         before = [one for one in before if one["ok"]]
         self._bar: Any = tqdm(
@@ -53,12 +54,13 @@ class TaskBar:
             if isinstance(item, int | float):
                 total, count = self._sums.get(record["row"], (0.0, 0))
                 self._sums[record["row"]] = (total + item, count + 1)
+                self._shares = self._shares and 0 <= item <= 1
         self._bar.set_postfix_str(self.standing(), refresh=False)
 
     def standing(self) -> str:
         """The running means, such as "none 93.8 %, flowcut:36 90.1 %"."""
         means = [
-            f"{row} {100 * total / count:.1f} %" if total <= count else f"{row} {total / count:.1f}"
+            f"{row} {100 * total / count:.1f} %" if self._shares else f"{row} {total / count:.3g}"
             for row, (total, count) in self._sums.items()
         ]
         shown = means[:_ROWS_SHOWN] + ["..."] * (len(means) > _ROWS_SHOWN)

@@ -5,6 +5,7 @@ Everything is made of the results alone, so that a report can be written again l
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from eval.charts import write_charts
+from eval.overlays import read_side
 from eval.report_html import (
     about,
     config_yaml,
@@ -20,8 +22,10 @@ from eval.report_html import (
     heading,
     overlay_files,
     report_html,
+    undrawn_rows,
 )
-from eval.report_summary import caveats, provenance, summary, title
+from eval.report_schema import what_is_wrong
+from eval.report_summary import caveats, provenance, summary, title, unscored
 from eval.report_view import (
     Cell,
     Report,
@@ -54,18 +58,19 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> list[Path]:
 
     Returns:
         The files. With several runs each has charts of its own, whose names start with the run's.
-        Without matplotlib there are no charts: the report and the log say so.
+        A chart that cannot be drawn or written, such as without matplotlib, is not among them: the
+        report and the log say so.
 
     Raises:
-        RunError: a file cannot be written.
+        RunError: report.json, report.md or report.html cannot be written.
     """
     files = [folder / "report.json"]
     try:
         write_json(files[0], report)
-        charts, notes = _charts(folder, report)
+        charts, notes, can_draw = _charts(folder, report)
         files += [folder / "report.md", folder / "report.html"]
         write_text(files[1], report_markdown(folder, report, charts, notes))
-        write_text(files[2], report_html(folder, report, charts=not notes, notes=notes))
+        write_text(files[2], report_html(folder, report, charts=can_draw, notes=notes))
     except OSError as error:
         raise RunError(
             f"{folder}: the report cannot be written: {error.strerror or error}. Make room and "
@@ -74,13 +79,21 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> list[Path]:
     return [*files, *charts]
 
 
-def _charts(folder: Path, report: Report) -> tuple[list[Path], list[str]]:
-    """The charts, or a note that there are none."""
+def _charts(folder: Path, report: Report) -> tuple[list[Path], list[str], bool]:
+    """The charts, notes about those that are missing, and whether charts can be drawn at all."""
     try:
-        return write_charts(folder, report), []
+        files, notes = write_charts(folder, report)
     except MissingExtraError as error:
         log.warning("The report has no charts: %s", error)
-        return [], [f"There are no charts: {error}"]
+        return [], [f"There are no charts: {error}"], False
+    for note in notes:
+        log.warning("%s", note)
+    return files, notes, True
+
+
+def report_folder(path: Path) -> Path:
+    """The folder of a run from its own path or that of its report.json."""
+    return path if path.is_dir() else path.parent
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -110,12 +123,9 @@ def read_report(folder: Path) -> dict[str, Any]:
             f"{path}: is no report of format {FORMAT}, which this version reads (it says "
             f"{found!r}). Run the evaluation again with this version, or use the one that wrote it."
         )
-    missing = [key for key in ("runs", "tasks") if not isinstance(report.get(key), list)]
-    if missing:
-        raise DataError(
-            f"{path}: is damaged, {' and '.join(missing)} missing. Write it again by resuming its "
-            "run."
-        )
+    wrong = what_is_wrong(report)
+    if wrong is not None:
+        raise DataError(f"{path}: is damaged: {wrong} Write it again by resuming its run.")
     return dict(report)
 
 
@@ -145,7 +155,7 @@ def report_markdown(
 ) -> str:
     """The report in GitHub's Markdown; pictures are linked."""
     runs = by_run(report)
-    parts = [f"# {text(title(report))}", _errors(report)]
+    parts = [f"# {text(title(report))}", _errors(report), _unscored(report)]
     parts.extend(text(sentence) for sentence in summary(report))
     parts.extend(f"> {text(one)}" for one in [*notes, *caveats(report)])
     for run, tasks in runs.items():
@@ -174,6 +184,13 @@ def _errors(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _unscored(report: Report) -> str:
+    missing = unscored(report)
+    if not missing:
+        return ""
+    return "\n".join(["**Scores are missing**", "", *(f"- {text(one)}" for one in missing)])
+
+
 def _task_parts(folder: Path, task: TaskResult, several_runs: bool) -> list[str]:
     parts = [f"## {text(heading(task, several_runs))}", text(about(task))]
     parts.append(markdown_table(task_table(task)))
@@ -181,10 +198,7 @@ def _task_parts(folder: Path, task: TaskResult, several_runs: bool) -> list[str]
     groups = group_table(task)
     if groups is not None:
         parts.append(folded("By group", markdown_table(groups)))
-    drawings = []
-    for file in overlay_files(folder, task)[:OVERLAYS_IN_MARKDOWN]:
-        link = quote(file.with_suffix(".png").relative_to(folder).as_posix())
-        drawings.append(f"![sample {text(file.stem)}]({link})")
+    drawings = _drawings(folder, task)
     if drawings:
         parts.append(folded("Samples", "\n\n".join(drawings)))
     if task.get("failures"):
@@ -194,6 +208,20 @@ def _task_parts(folder: Path, task: TaskResult, several_runs: bool) -> list[str]
             lines.append("| " + " | ".join(text(fact) for fact in facts) + " |")
         parts.append(folded(failures_title(task), "\n".join(lines)))
     return parts
+
+
+def _drawings(folder: Path, task: TaskResult) -> list[str]:
+    """Links to the drawings of the first samples, and which rows they lack."""
+    drawings, drawn = [], []
+    for file in overlay_files(folder, task)[:OVERLAYS_IN_MARKDOWN]:
+        link = quote(file.with_suffix(".png").relative_to(folder).as_posix())
+        drawings.append(f"![sample {text(file.stem)}]({link})")
+        try:
+            drawn.append([panel.row for panel in read_side(file).panels])
+        except DataError as error:
+            log.warning("%s", error)
+    undrawn = undrawn_rows(task, drawn)
+    return [*drawings, text(undrawn)] if undrawn else drawings
 
 
 def markdown_table(view: TableView) -> str:
@@ -214,7 +242,9 @@ def _cell(one: Cell) -> str:
 
 def folded(name: str, content: str) -> str:
     """A part that opens at a click."""
-    return f"<details><summary>{text(name)}</summary>\n\n{content}\n\n</details>"
+    # Markdown does not read what stands in the same block as a tag: this is HTML.
+    summary = _no_formula(html.escape(" ".join(name.split()), quote=False))
+    return f"<details><summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def text(value: Any) -> str:
@@ -228,4 +258,9 @@ def text(value: Any) -> str:
     words = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|~#":
         words = words.replace(mark, f"\\{mark}")
-    return words
+    return _no_formula(words)
+
+
+def _no_formula(words: str) -> str:
+    """GitHub takes what stands between two dollars for a formula, unless they are apart like so."""
+    return words.replace("$", "<span>$</span>")

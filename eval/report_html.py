@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,16 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from eval.charts import AGAINST, chart_svg
-from eval.overlays import FORMAT
-from eval.report_summary import caveats, provenance, summary, title
+from eval.charts import AGAINST, chart_svg, missing_chart
+from eval.overlays import OVERLAYS, read_side
+from eval.report_summary import (
+    caveats,
+    is_score_failure,
+    provenance,
+    summary,
+    title,
+    unscored,
+)
 from eval.report_view import (
     Report,
     TaskResult,
@@ -34,7 +41,6 @@ from eval.report_view import (
 from eval.report_words import DASH, duration, file_name, in_words, plural
 
 TEMPLATES = Path(__file__).parent / "templates"
-OVERLAYS = 6  # per task
 OVERLAY_BYTES = 16 * 2**20  # of all overlays together
 _PNG_BYTES = 40_000  # what is larger as PNG goes in as JPEG
 _WIDE_PX = 330
@@ -96,10 +102,11 @@ def report_html(folder: Path, report: Report, *, charts: bool, notes: Sequence[s
         charts: draw them; matplotlib is there.
         notes: what else a reader has to know.
     """
-    overlays = Overlays(folder)
+    overlays, missing = Overlays(folder), list[str]()
     runs, sections = by_run(report), []
     for number, task in enumerate(report["tasks"]):
-        sections.append(_section(task, number, len(runs) > 1, charts, overlays))
+        drawn = _charts(task, number, missing) if charts else []
+        sections.append(_section(task, number, len(runs) > 1, drawn, overlays))
     overviews = [
         {"run": run, "table": table}
         for run, tasks in runs.items()
@@ -110,9 +117,10 @@ def report_html(folder: Path, report: Report, *, charts: bool, notes: Sequence[s
         "report.html.jinja",
         title=title(report),
         meta=" · ".join(str(one) for one in facts if one),
-        errors=[{"run": "", **one} for one in report.get("errors") or []],
+        errors=[{"run": "", "task": None, **one} for one in report.get("errors") or []],
+        unscored=unscored(report),
         summary=summary(report),
-        notes=[*notes, *caveats(report), *overlays.notes],
+        notes=[*notes, *missing, *caveats(report), *overlays.notes],
         overviews=overviews,
         sections=sections,
         provenance=provenance(report),
@@ -157,24 +165,49 @@ def heading(task: TaskResult, several_runs: bool) -> str:
 
 def failures_title(task: TaskResult) -> str:
     """How many failed, and how many of them are listed."""
-    listed = len(task.get("failures") or ())
+    failures = task.get("failures") or ()
+    scores = sum(is_score_failure(one) for one in failures)
+    listed = len(failures) - scores
     failed = max(listed, sum(row.get("failed") or 0 for row in task["rows"]))
-    more = f", the first {listed} of them" if failed > listed else ""
-    return f"{plural(failed, 'failed answer')}{more}"
+    parts = [plural(scores, "missing score")] if scores else []
+    if failed or not scores:
+        more = f", the first {listed} of them" if failed > listed else ""
+        parts.append(f"{plural(failed, 'failed answer')}{more}")
+    return "; ".join(parts)
+
+
+def _charts(task: TaskResult, number: int, missing: list[str]) -> list[Markup]:
+    """The charts of a task; why one could not be drawn is added to `missing`."""
+    drawn = []
+    for one in AGAINST:
+        try:
+            chart = chart_svg(task, one, f"t{number}{one}")
+        # Figures are worth more than their charts, and matplotlib may raise anything.
+        except Exception as error:  # noqa: BLE001
+            missing.append(missing_chart(f"of {task['task']} against {one}", error))
+            continue
+        if chart is not None:
+            drawn.append(Markup(chart))
+    return drawn
 
 
 def _section(
-    task: TaskResult, number: int, several_runs: bool, charts: bool, overlays: Overlays
+    task: TaskResult,
+    number: int,
+    several_runs: bool,
+    charts: Sequence[Markup],
+    overlays: Overlays,
 ) -> dict[str, Any]:
-    drawn = [chart_svg(task, one, f"t{number}{one}") for one in AGAINST] if charts else []
+    samples = overlays.of(task)
     return {
         "anchor": f"task-{number}",
         "heading": heading(task, several_runs),
         "about": about(task),
         "table": task_table(task),
-        "charts": [Markup(one) for one in drawn if one is not None],
+        "charts": charts,
         "groups": group_table(task),
-        "samples": overlays.of(task),
+        "samples": samples,
+        "undrawn": undrawn_rows(task, [[one.row for one in sample.pictures] for sample in samples]),
         "failures": task.get("failures") or [],
         "failures_title": failures_title(task),
     }
@@ -211,33 +244,32 @@ class Overlays:
                 break
             try:
                 shown.append(self._read(file))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            # Figures are worth more than drawings, and a damaged picture may raise anything.
+            except Exception as error:  # noqa: BLE001
                 name = file.relative_to(self.folder)
                 self.notes.append(f"{name}: the drawing cannot be read ({error}).")
         return shown
 
     def _read(self, file: Path) -> SampleView:
         """A drawing by its side file, cut into the pictures of its rows."""
-        side = json.loads(file.read_text(encoding="utf-8"))
-        if side["format"] != FORMAT:
-            raise ValueError(f"format {side['format']}, expected {FORMAT}")
-        answers: Mapping[str, str] = side["answers"]
-        stock, pictures, widest = answers.get("none"), [], 0
+        side = read_side(file)
+        stock, pictures, widest = side.answers.get("none"), [], 0
         with Image.open(file.with_suffix(".png")) as sheet:
-            for panel in side["panels"]:
-                row, box = panel["row"], panel["box"]
+            for panel in side.panels:
                 uri = ""
-                if box is not None:
-                    uri = _data_uri(sheet.crop(box))
-                    widest = max(widest, box[2] - box[0])
+                if panel.box is not None:
+                    left, top, right, bottom = panel.box
+                    if not (0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height):
+                        raise ValueError(f"{panel.box} lies outside the drawing")
+                    uri = _data_uri(sheet.crop((left, top, right, bottom)))
+                    widest = max(widest, right - left)
                 self._left -= len(uri)
-                answer = answers.get(row)
+                answer = side.answers.get(panel.row)
                 changed = None not in (answer, stock) and answer != stock
-                tokens = panel["tokens"]
-                alt = f"{row}: {tokens}" if tokens else row
-                pictures.append(Picture(row, uri, alt, tokens, answer, changed))
-        target = "" if side["target"] is None else in_words(side["target"])
-        return SampleView(side["question"], target, tuple(pictures), widest > _WIDE_PX)
+                alt = f"{panel.row}: {panel.tokens}" if panel.tokens else panel.row
+                pictures.append(Picture(panel.row, uri, alt, panel.tokens, answer, changed))
+        target = "" if side.target is None else in_words(side.target)
+        return SampleView(side.question, target, tuple(pictures), widest > _WIDE_PX)
 
 
 def overlay_files(folder: Path, task: TaskResult) -> list[Path]:
@@ -249,6 +281,23 @@ def overlay_files(folder: Path, task: TaskResult) -> list[Path]:
 
     return sorted(
         (folder / task["run"] / "overlays" / file_name(task["task"])).glob("*.json"), key=order
+    )
+
+
+def undrawn_rows(task: TaskResult, drawn: Sequence[Sequence[str]]) -> str | None:
+    """Which rows of a task are not in its drawings; None if all are in all of them.
+
+    Args:
+        task: its results.
+        drawn: labels in each of the drawings.
+    """
+    labels = [row["row"] for row in task["rows"]]
+    missing = [one for one in labels if any(one not in rows for rows in drawn)]
+    if not missing:
+        return None
+    return (
+        f"Not in all of these drawings: {', '.join(missing)}. A sample is drawn while all rows "
+        "answer it; rows that join a run later are not."
     )
 
 

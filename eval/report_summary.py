@@ -41,18 +41,20 @@ def _task_sentence(task: TaskResult, several_runs: bool) -> str:
     start = f"On {where} ({asked}) the stock model scores {scale.with_unit(stock)}"
     if stock is None:
         start = f"On {where} ({asked}) the stock model has no score"
-    row = headline(task)
+    row, choice = headline(task)
     if row is None:
         return f"{start}."
     kept = share(row.get("visual_tokens_mean"), row.get("visual_tokens_in"))
     keeps = f"keeps {kept} of the visual tokens (mean over layers) and " if kept else ""
-    return f"{start}; {row['row']} {keeps}{change_words(task, row)}{_speed_words(task, row)}."
+    named = f"{choice}: {row['row']}" if choice else row["row"]
+    return f"{start}; {named} {keeps}{change_words(task, row)}{_speed_words(task, row)}."
 
 
-def headline(task: TaskResult) -> Row | None:
-    """The row that a summary names: the best of those that keep at most half of the tokens.
+def headline(task: TaskResult) -> tuple[Row | None, str]:
+    """The row that a summary names, and in words how it was chosen, for a pick flatters.
 
-    Where no row is so thrifty, the best of all but the stock model; None if there is none.
+    The best of those that keep at most half of the tokens; where no row is so thrifty, the best of
+    all but the stock model; None if there is none. No words where there was no choice.
     """
     rows = [row for row in task["rows"] if not is_vanilla(row) and score_of(task, row) is not None]
     sign = 1 if task.get("higher_is_better", True) else -1
@@ -65,7 +67,14 @@ def headline(task: TaskResult) -> Row | None:
         return sign * (score_of(task, row) or 0.0), -kept(row)
 
     thrifty = [row for row in rows if kept(row) <= 0.5]
-    return max(thrifty or rows, key=worth, default=None)
+    best = max(thrifty or rows, key=worth, default=None)
+    if len(rows) < 2:
+        return best, ""
+    if len(thrifty) == 1:
+        return best, f"the only one of {len(rows)} rows that keeps at most half"
+    if thrifty:
+        return best, f"the best of {len(thrifty)} rows that keep at most half"
+    return best, f"the best of {len(rows)} rows"
 
 
 def change_words(task: TaskResult, row: Row) -> str:
@@ -102,6 +111,39 @@ def _speed_words(task: TaskResult, row: Row) -> str:
     return f"; its first token takes {now / before:.2f}× the stock model's time"
 
 
+def unscored(report: Report) -> list[str]:
+    """Rows that have answers but no score in their task's own metric, and why."""
+    several, found = len(report["runs"]) > 1, []
+    for task in report["tasks"]:
+        where = f"{task['task']} ({task['run']})" if several else str(task["task"])
+        reasons: dict[str, list[str]] = {}
+        for row in task["rows"]:
+            if row.get("samples") and score_of(task, row) is None:
+                reasons.setdefault(_no_score(task, row), []).append(row["row"])
+        for reason, labels in reasons.items():
+            found.append(
+                f"{where}: {', '.join(labels)}: answers are there, but no {task['metric']}: "
+                f"{reason}"
+            )
+    return found
+
+
+def _no_score(task: TaskResult, row: Row) -> str:
+    reasons = [
+        f"{one['type']}: {one['message']}"
+        for one in task.get("failures") or ()
+        if is_score_failure(one)
+        and one["row"] == row["row"]
+        and one.get("metric") in (None, task["metric"])
+    ]
+    return "; ".join(dict.fromkeys(reasons)) or "the report holds no reason"
+
+
+def is_score_failure(failure: Mapping[str, Any]) -> bool:
+    """Whether a failure is of a row's score, not of one of its samples."""
+    return failure.get("id") is None and failure["where"] == "score"
+
+
 def caveats(report: Report) -> list[str]:
     """What a reader has to know before trusting the figures."""
     found = []
@@ -117,10 +159,8 @@ def caveats(report: Report) -> list[str]:
             f"{n_workers} workers ran side by side and shared the machine: times are longer than "
             "those of one process, and compare only with runs of as many workers."
         )
-    small = [task for task in report["tasks"] if (task.get("samples") or 0) < 30]
-    if small:
-        names = ", ".join(dict.fromkeys(str(task["task"]) for task in small))
-        found.append(f"Fewer than 30 samples: {names}. Intervals of so few are rough.")
+    found += _mixed_sessions(report)
+    found += _few_samples(report)
     failed = sum(row.get("failed") or 0 for task in report["tasks"] for row in task["rows"])
     if failed:
         found.append(
@@ -130,19 +170,69 @@ def caveats(report: Report) -> list[str]:
     return found
 
 
+def _mixed_sessions(report: Report) -> list[str]:
+    """Tasks whose file of samples several sessions wrote that were not alike."""
+    found: dict[str, list[str]] = {}
+    for task in report["tasks"]:
+        if task.get("mixed"):
+            found.setdefault(", ".join(task["mixed"]), []).append(str(task["task"]))
+    return [
+        f"{', '.join(dict.fromkeys(names))}: answered in several sessions with other {what}: the "
+        "figures, times and memory above all, mix them."
+        for what, names in found.items()
+    ]
+
+
+def _few_samples(report: Report) -> list[str]:
+    """Tasks with too few samples for their intervals; samples of a cluster count as one."""
+    few: dict[str, None] = {}
+    for task in report["tasks"]:
+        samples, clusters = task.get("samples") or 0, task.get("clusters")
+        if samples < 30:
+            few[str(task["task"])] = None
+        elif clusters is not None and clusters < 30:
+            few[f"{task['task']} ({samples:,} samples in {plural(clusters, 'cluster')})"] = None
+    if not few:
+        return []
+    what = "samples" if not any("cluster" in one for one in few) else "independent samples"
+    return [f"Fewer than 30 {what}: {', '.join(few)}. Intervals of so few are rough."]
+
+
 def workers(report: Report) -> int | None:
-    """Processes that answered side by side, if the report says so."""
-    found = report.get("workers", (report.get("config") or {}).get("workers"))
-    return int(found) if isinstance(found, int) else None
+    """Processes that answered side by side, the most of any task, if the report says so."""
+    found = [report.get("workers", (report.get("config") or {}).get("workers"))]
+    found += [task.get("workers") for task in report["tasks"]]
+    return max((one for one in found if isinstance(one, int)), default=None)
+
+
+def run_config(report: Report, run: str) -> Mapping[str, Any]:
+    """What the configuration says about a run; empty if nothing."""
+    runs = (report.get("config") or {}).get("runs")
+    known = [one for one in runs if isinstance(one, Mapping)] if isinstance(runs, list) else []
+    return next((one for one in known if one.get("name") == run), {})
+
+
+def dtype_of(config: Mapping[str, Any], task: TaskResult) -> str | None:
+    """The weights' type in a run; None if the report does not say.
+
+    Example:
+        >>> dtype_of({"dtype": None}, {"hardware": {"device": "cpu"}})
+        'float32'
+    """
+    if "dtype" not in config:
+        return None
+    hardware = task.get("hardware")
+    on_cpu = isinstance(hardware, Mapping) and hardware.get("device") == "cpu"
+    return str(config["dtype"] or ("float32" if on_cpu else "auto"))
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
     """Where the figures come from, name and value, each value once."""
-    tasks, config = report["tasks"], report.get("config") or {}
+    tasks = report["tasks"]
     rows = [row for task in tasks for row in task["rows"]]
     facts = [
         ("run", _once(report["runs"])),
-        ("model", _once(_models(config))),
+        ("model", _once(_models(report))),
         ("date", str(report.get("date") or DASH)),
         ("took", duration(report.get("seconds"))),
         ("configuration", str(report.get("config_sha") or DASH)),
@@ -155,7 +245,11 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("seed", _once(one.get("seed") for one in tasks)),
         ("threads", _once(one.get("threads") for one in tasks)),
         ("batch size", _once(count(row.get("batch_size")) for row in rows)),
-        ("workers", _once([workers(report) or None])),
+        (
+            "workers",
+            _once([workers(report) or None, *(one.get("workers") or None for one in tasks)]),
+        ),
+        ("changed on resuming", _once(_mixed(one) for one in tasks)),
         ("hardware", _once(_machine(one.get("hardware")) for one in tasks)),
         ("versions", _once(_pairs(one.get("versions")) for one in tasks)),
         ("intervals", _once(_interval_kinds(tasks))),
@@ -169,10 +263,23 @@ def _once(values: Any) -> str:
     return "; ".join(dict.fromkeys(str(one) for one in values if one is not None and one != ""))
 
 
-def _models(config: Mapping[str, Any]) -> list[str]:
-    """The model of every run, such as a hub id."""
-    runs = [run for run in config.get("runs") or () if isinstance(run, Mapping)]
-    return [str(run["model"]) for run in runs if run.get("model") is not None]
+def _mixed(task: TaskResult) -> str:
+    return f"{task['task']}: {', '.join(task['mixed'])}" if task.get("mixed") else ""
+
+
+def _models(report: Report) -> list[str]:
+    """The model of every run, such as a hub id, with what changes its numbers."""
+    found = []
+    for name in report["runs"]:
+        config = run_config(report, name)
+        if config.get("model") is None:
+            continue
+        tasks = [task for task in report["tasks"] if task["run"] == name]
+        facts = [str(config["model"]), dtype_of(config, tasks[0] if tasks else {})]
+        attention = config.get("attn_implementation")
+        facts += [config.get("quantization"), f"{attention} attention" if attention else None]
+        found.append(", ".join(str(one) for one in facts if one))
+    return found
 
 
 def _machine(hardware: Any) -> str:

@@ -27,17 +27,24 @@ class Scale:
     decimals: int = 1
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Scale:
-        """The scale of a metric from its values: percent if all of them lie in 0 to 1.
+    def of(cls, values: Iterable[float | None], percent: bool | None = None) -> Scale:
+        """The scale of a metric from its values.
+
+        Args:
+            values: of all rows.
+            percent: whether they are shares of 1, as the task's result says; where it says
+                nothing, they are if all of them lie in 0 to 1. Values outside never are.
 
         Example:
             >>> Scale.of([0.831, None]).score(0.831), Scale.of([1510.7]).score(1510.7)
             ('83.1', '1,510.7')
+            >>> Scale.of([0.4], percent=False).score(0.4)
+            '0.400'
         """
         found = [value for value in values if value is not None]
-        if all(0 <= value <= 1 for value in found):
+        if percent is not False and all(0 <= value <= 1 for value in found):
             return cls(percent=True)
-        largest = max(abs(value) for value in found)
+        largest = max((abs(value) for value in found), default=0.0)
         return cls(percent=False, decimals=1 if largest >= 100 else 2 if largest >= 10 else 3)
 
     @property
@@ -83,7 +90,7 @@ class Scale:
 
 def task_scale(task: Mapping[str, Any]) -> Scale:
     """The scale of a task's own metric, of all its rows."""
-    return Scale.of(score_of(task, row) for row in task["rows"])
+    return Scale.of((score_of(task, row) for row in task["rows"]), task.get("percent"))
 
 
 def score_of(task: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:

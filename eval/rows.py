@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from eval.row_files import file_digests
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.prepare import check_methods
 from mmlm_efficient.pruning.base import Method
@@ -65,6 +66,21 @@ class Row:
         if self.missing is not None:
             return {name: dict(options) for name, options in self.given}
         return {method.name: method.model_dump(mode="json") for method in self.methods}
+
+    def settings_on(self, model: str) -> dict[str, dict[str, Any]]:
+        """`settings`, with digests of the files that they stand for, such as profile_sha: what must
+        be the same for two answers of a model to be of the same row.
+
+        Args:
+            model: "pocket", a folder or a hub id; it is not loaded.
+
+        Raises:
+            SettingsError: a file that a setting names is not there.
+        """
+        found = self.settings
+        for method in self.methods:
+            found[method.name] |= file_digests(method, model)
+        return found
 
     @property
     def budgets(self) -> tuple[Budget | None, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,10 @@ from typing import Any
 from eval.record import Record
 from mmlm_efficient.errors import DataError, RunError, SettingsError
 
+_LOG = logging.getLogger(__name__)
 FORMAT = 1
+# What a run that goes on may have otherwise: it is told in the report.
+_MAY_CHANGE = ("versions", "hardware", "threads", "workers")
 _LOCK_WAIT_S = 20.0
 
 
@@ -41,6 +45,15 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
     return header, records
 
 
+def header_of(path: Path) -> dict[str, Any] | None:
+    """The header of a samples file; None if there is no file, or no whole line in it.
+
+    Raises:
+        DataError: it is damaged or of another format.
+    """
+    return _parse(path, path.read_bytes())[0] if path.exists() else None
+
+
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any] | None, list[Record], int]:
     """Header, records, and the bytes of the lines that are whole."""
     whole = text.rfind(b"\n") + 1
@@ -51,10 +64,11 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any] | None, list[Record]
             entry = json.loads(line)
             kind = entry["kind"]
             if kind == "header":
-                rows = entry["rows"] if header is None else {**header["rows"], **entry["rows"]}
-                header = {**entry, "rows": rows}
-            else:
+                header = joined(header, entry)
+            elif kind == "sample" and isinstance(entry["ok"], bool):
                 records[entry["row"], entry["id"]] = entry
+            else:
+                raise ValueError(kind)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}, line {number}: is damaged. Remove that line (its sample is asked again) "
@@ -66,6 +80,27 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any] | None, list[Record]
                 "reads. Start anew in another folder."
             )
     return header, list(records.values()), whole
+
+
+def joined(before: dict[str, Any] | None, entry: dict[str, Any]) -> dict[str, Any]:
+    """The header of a file that several runs wrote: the last one's, with the rows of all.
+
+    Args:
+        before: of the runs so far, or None.
+        entry: of the next.
+
+    Returns:
+        A header whose "mixed" names what has not been the same in all of them.
+    """
+    for name in ("format", "task", "config_sha", "data_sha"):
+        entry[name]  # a KeyError names what is missing
+    if before is None:
+        return {"mixed": [], **entry, "rows": dict(entry["rows"])}
+    mixed = {
+        *before["mixed"],
+        *(name for name in _MAY_CHANGE if before.get(name) != entry.get(name)),
+    }
+    return {**entry, "rows": {**before["rows"], **entry["rows"]}, "mixed": sorted(mixed)}
 
 
 class SamplesLog:
@@ -82,7 +117,7 @@ class SamplesLog:
         DataError: it is damaged.
 
     Attributes:
-        records: all that counts so far, failed samples included.
+        header: of all runs that wrote the file, see `joined`.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, resume: bool) -> None:
@@ -108,7 +143,14 @@ class SamplesLog:
             self.close()
             raise
         self._records = {(one["row"], one["id"]): one for one in records}
-        self._write([{"kind": "header", "format": FORMAT, **header}])
+        self.header = joined(before, {"kind": "header", "format": FORMAT, **header})
+        if "versions" in self.header["mixed"]:
+            _LOG.warning("%s: holds answers of other package versions; reports say so", path)
+        try:
+            self._write([{"kind": "header", "format": FORMAT, **header}])
+        except RunError:
+            self.close()
+            raise
 
     @property
     def records(self) -> list[Record]:
@@ -159,13 +201,20 @@ class SamplesLog:
                 time.sleep(0.1)
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        left = memoryview(lines.encode())
+        left = memoryview(b"".join(map(_line, entries)))
         try:
             while left:
                 left = left[os.write(self._file, left) :]
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """An entry as a line, readable where it can be: a lone surrogate has no UTF-8."""
+    try:
+        return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(entry) + "\n").encode()
 
 
 def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

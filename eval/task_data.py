@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from eval import task_json
 from eval.task_yaml import did_you_mean
 from mmlm_efficient.errors import DataError, MediaError, require_extra
 from mmlm_efficient.media import load_image
@@ -21,19 +24,29 @@ class Rows(Protocol):
     Attributes:
         path: the file.
         columns: names, in order.
+        times: columns of texts that lmms-eval turns into times, with the position of one.
     """
 
     path: Path
     columns: tuple[str, ...]
+    times: Mapping[str, int]
 
     def __len__(self) -> int: ...
 
     def row(self, position: int) -> dict[str, Any]:
-        """One row; stored pictures are Pillow images, as in lmms-eval.
+        """One row, the caller's own; stored pictures are Pillow images, as in lmms-eval.
 
         Raises:
             MediaError: a stored picture cannot be read.
         """
+        ...
+
+    def bare_row(self, position: int) -> dict[str, Any]:
+        """One row, the caller's own, without the columns that are stored pictures."""
+        ...
+
+    def texts(self) -> Iterator[str]:
+        """Texts of all rows, of which some may be paths."""
         ...
 
     def column(self, name: str) -> list[Any]:
@@ -76,23 +89,25 @@ def read_rows(kind: str, path: Path) -> Rows:
     return rows
 
 
-def require_column(rows: Rows, name: str, wanted_by: str) -> None:
-    """Check that a column is there and has a value in every row.
+def require_column(rows: Rows, name: str, wanted_by: str, *, full: bool = True) -> None:
+    """Check that a column is there, has a value in every row, and is read alike by lmms-eval.
 
     Args:
         rows: of the data file.
         name: of the column.
         wanted_by: the key of the task's YAML that names it.
+        full: whether every row must have a value.
 
     Raises:
-        DataError: it is missing, or a row has no value.
+        DataError: it is missing, a row has no value, or its texts are times to lmms-eval.
     """
     if name not in rows.columns:
         raise DataError(
             f"{rows.path}: has no column '{name}', which {wanted_by} names. Its columns: "
             f"{', '.join(rows.columns)}.{did_you_mean(name, rows.columns)}"
         )
-    empty = rows.first_empty(name)
+    refuse_times(rows, [name], wanted_by)
+    empty = rows.first_empty(name) if full else None
     if empty is not None:
         raise DataError(
             f"{rows.place(empty)}: no value in column '{name}', which {wanted_by} names. "
@@ -100,11 +115,36 @@ def require_column(rows: Rows, name: str, wanted_by: str) -> None:
         )
 
 
+def refuse_times(rows: Rows, names: Sequence[str], used_by: str) -> None:
+    """Refuse columns whose texts are times to lmms-eval.
+
+    Args:
+        rows: of the data file.
+        names: columns that are used.
+        used_by: the key of the task's YAML that uses them.
+
+    Raises:
+        DataError: naming the first one.
+    """
+    for name in names:
+        if name in rows.times:
+            raise DataError(
+                f"{rows.place(rows.times[name])}: column '{name}', which {used_by} uses, holds "
+                "nothing but dates or times there, which lmms-eval reads as such: the text "
+                "2020-01-02 becomes 2020-01-02 00:00:00. Write them otherwise, such as 2 January "
+                "2020, or take the column out."
+            )
+
+
 class ListRows:
     """Rows of a text file."""
 
     def __init__(
-        self, path: Path, rows: Sequence[dict[str, Any]], lines: Sequence[int] | None
+        self,
+        path: Path,
+        rows: Sequence[dict[str, Any]],
+        lines: Sequence[int] | None,
+        times: Mapping[str, int] | None = None,
     ) -> None:
         """Take rows that may lack some keys.
 
@@ -112,8 +152,10 @@ class ListRows:
             path: of the file.
             rows: name of column to value.
             lines: line of each row, from 1; None where a row has no line of its own.
+            times: see `Rows`.
         """
         self.path = path
+        self.times = times or {}
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row))
         self._rows = rows
         self._lines = lines
@@ -123,10 +165,17 @@ class ListRows:
 
     def row(self, position: int) -> dict[str, Any]:
         row = self._rows[position]
-        return {name: row.get(name) for name in self.columns}
+        # Tasks may change what they get, and ask again later.
+        return {name: copy.deepcopy(row.get(name)) for name in self.columns}
+
+    def bare_row(self, position: int) -> dict[str, Any]:
+        return self.row(position)
+
+    def texts(self) -> Iterator[str]:
+        return _texts(self._rows)
 
     def column(self, name: str) -> list[Any]:
-        return [row.get(name) for row in self._rows]
+        return [copy.deepcopy(row.get(name)) for row in self._rows]
 
     def first_empty(self, name: str) -> int | None:
         return next((at for at, row in enumerate(self._rows) if row.get(name) is None), None)
@@ -135,6 +184,14 @@ class ListRows:
         if self._lines is None:
             return f"{self.path}, entry {position + 1}"
         return f"{self.path}, line {self._lines[position]}"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 def _text(path: Path) -> str:
@@ -153,40 +210,69 @@ def _json_rows(path: Path) -> ListRows:
     text = _text(path)
     if text.lstrip()[:1] == "[":
         return _json_array(path, text)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            last = number == lines[-1][0]
-            kind = "the last line, is cut off or" if last else "is"
-            raise DataError(
-                f"{path}, line {number}: {kind} not JSON ({error.msg}, column {error.colno}). "
-                + (
-                    "The file was not copied or written to its end: get it again."
-                    if last
-                    else "Every line must be one JSON object."
-                )
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: is not a JSON object but {line[:40]!r}.")
-        rows.append(row)
-    return ListRows(path, rows, [number for number, _ in lines])
+    # Python's other line ends may stand within a text.
+    every = text.split("\n")
+    lines = [(number, line) for number, line in enumerate(every, 1) if line.strip()]
+    numbers = [number for number, _ in lines]
+    rows = [_json_row(path, number, line, last=number == numbers[-1]) for number, line in lines]
+    found = task_json.typed(
+        rows,
+        lambda at: f"{path}, line {numbers[at]}",
+        starts=_starts(path, every, numbers),
+        gaps=len(lines) < len(every) - (every[-1] == ""),
+    )
+    return ListRows(path, found.rows, numbers, found.times)
+
+
+def _starts(path: Path, every: Sequence[str], numbers: Sequence[int]) -> list[int]:
+    """The bytes that rows start at, where the file is so long that it matters."""
+    if path.stat().st_size <= task_json.CHUNK_BYTES:
+        return []
+    starts = list(itertools.accumulate((len(line.encode()) + 1 for line in every), initial=0))
+    return [starts[number - 1] for number in numbers]
+
+
+def _json_row(path: Path, number: int, line: str, last: bool) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    try:
+        row = task_json.parsed(line)
+    except json.JSONDecodeError as error:
+        kind = "the last line, is cut off or" if last else "is"
+        raise DataError(
+            f"{where}: {kind} not JSON ({error.msg}, column {error.colno}). "
+            + (
+                "The file was not copied or written to its end: get it again."
+                if last
+                else "Every line must be one JSON object."
+            )
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where}: {error}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is not a JSON object but {line[:40]!r}.")
+    return row
 
 
 def _json_array(path: Path, text: str) -> ListRows:
+    if not text.startswith("["):
+        raise DataError(
+            f"{path}: has blanks before its '[', which makes lmms-eval read numbers otherwise. "
+            "Remove them."
+        )
     try:
-        rows = json.loads(text)
+        rows = task_json.parsed(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}: is not JSON, or cut off ({error.msg}, column "
             f"{error.colno}). Get it again from where it came from."
         ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, entry {number}: is not a JSON object but {row!r:.40}.")
-    return ListRows(path, rows, None)
+    found = task_json.typed(rows, lambda at: f"{path}, entry {at + 1}", array=True)
+    return ListRows(path, found.rows, None, found.times)
 
 
 # What pandas, and with it lmms-eval, takes for no value in a CSV.
@@ -270,7 +356,10 @@ class ParquetRows:
             ) from error
         self.path = path
         self.columns = tuple(self._table.column_names)
+        # Times are stored as such.
+        self.times: Mapping[str, int] = {}
         self._pictures = _picture_columns(self._table.schema.metadata or {})
+        self._bare = self._table.drop_columns(self._pictures)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -283,6 +372,21 @@ class ParquetRows:
             except MediaError as error:
                 raise MediaError(f"{self.place(position)}, column '{name}': {error}") from error
         return row
+
+    def bare_row(self, position: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._bare.slice(position, 1).to_pylist()[0]
+        return row
+
+    def texts(self) -> Iterator[str]:
+        compute = require_extra("pyarrow.compute", "eval")
+        for column in self._table.columns:
+            while str(column.type).startswith("list<"):
+                column = compute.list_flatten(column)
+            # Of pictures the path alone: their bytes may be all that the file has.
+            if "binary" in str(column.type) and "path: string" in str(column.type):
+                column = compute.struct_field(column, "path")
+            if "binary" not in str(column.type):
+                yield from _texts(column.to_pylist())
 
     def column(self, name: str) -> list[Any]:
         values: list[Any] = self._table.column(name).to_pylist()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from mmlm_efficient.media import load_image
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 _SOUNDS = (".wav", ".mp3", ".m4a", ".aac", ".flac", ".ogg", ".opus")
+_VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+_MEDIA = frozenset((*_IMAGES, *_SOUNDS, *_VIDEOS))
 
 
 def user_turn(text: str, visuals: Any, where: str) -> list[dict[str, Any]]:
@@ -81,6 +84,24 @@ def with_media(sample: Sample, folder: Path, where: str) -> Sample:
     except MediaError as error:
         raise MediaError(f"{where}: {error}") from error
     return replace(sample, images=images, video=_located(sample.video, folder))
+
+
+def media_sizes(texts: Iterable[str], folder: Path) -> list[tuple[str, int]]:
+    """The texts that name pictures, sounds or videos which exist, and their sizes.
+
+    Args:
+        texts: some of them paths.
+        folder: that relative paths start from.
+
+    Returns:
+        Path as written and bytes, sorted.
+    """
+    found = {}
+    for text in set(texts):
+        if Path(text[-12:]).suffix.lower() in _MEDIA:
+            with contextlib.suppress(OSError, ValueError):  # not there, or no path at all
+                found[text] = os.stat(_located(text, folder)).st_size
+    return sorted(found.items())
 
 
 def _located(source: Any, folder: Path) -> Any:

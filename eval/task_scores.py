@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,19 @@ def exact_match(
 
     said = plain(answer.strip())
     return float(any(plain(target) == said for target in targets))
+
+
+def parameters_of(function: Callable[..., Any]) -> Collection[str]:
+    """Names of a function's parameters; none for those of Python that do not tell, such as max.
+
+    Example:
+        >>> list(parameters_of(mean)), list(parameters_of(max))
+        (['items'], [])
+    """
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
 
 
 def mean(items: Sequence[Any]) -> float:

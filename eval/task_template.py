@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from eval.task_data import Rows, require_column
+from eval.task_data import Rows, refuse_times, require_column
 from eval.task_yaml import did_you_mean
 from mmlm_efficient.errors import DataError
 
@@ -68,6 +68,7 @@ def _values(rows: Rows, given: str, key: str) -> list[Any]:
     except jinja2.TemplateError as error:
         raise DataError(f"{key}: {given!r:.80} is not a template: {error}") from error
     used = [name for name in rows.columns if name in names]
+    refuse_times(rows, used, key)
     columns = [rows.column(name) for name in used]
     texts = []
     for position in range(len(rows)):

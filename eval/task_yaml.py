@@ -114,7 +114,7 @@ def _module_of(file: Path, where: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise DataError(f"{where}: {file} fails: {type(error).__name__}: {error}") from error
     return module
@@ -130,7 +130,7 @@ def _importable(module_name: str, where: str, file: Path) -> ModuleType:
             f"({error}). Beside the YAML: {', '.join(beside) or 'no Python files'}."
             f"{did_you_mean(module_name, beside)}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"{where}: module '{module_name}' fails: {type(error).__name__}: {error}"
         ) from error
@@ -301,6 +301,8 @@ def _data(values: Mapping[str, Any]) -> str | None:
             return f"dataset_kwargs: key '{key}' is not supported"
     files = options.get("data_files", {})
     for name in files.values() if isinstance(files, Mapping) else [files]:
+        if name is None:  # forgotten, which the task says when it is read
+            continue
         if not isinstance(name, str):
             return "data_files: several files for one split are not supported"
         if "://" in name or any(sign in name for sign in "*?["):

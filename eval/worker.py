@@ -6,11 +6,13 @@ peaks of memory belong to one group.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,25 +22,26 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval.answering import Answers, Batch, LocalAnswers, RayAnswers, warm_up
+from eval.answering import Answers, Batch, LocalAnswers, RayAnswers
 from eval.engine import Outcome
 from eval.figures import task_result
 from eval.find_tasks import find_tasks
-from eval.overlays import draw_overlay
+from eval.overlays import OVERLAYS, draw_overlay
 from eval.plan import Job
 from eval.progress import TaskBar
 from eval.record import Record, failed_record, record_of
 from eval.report_words import file_name
 from eval.samples_log import SamplesLog
 from eval.task import Sample, Task
-from mmlm_efficient.errors import MMLMError, RunError
+from mmlm_efficient.errors import MMLMError, RunError, SettingsError, UnsupportedError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import now_text, versions
 from mmlm_efficient.names import POCKET
 from mmlm_efficient.tokens import ImageReport
 
 _LOG = logging.getLogger(__name__)
-OVERLAYS = 4  # samples of a task whose kept tokens are drawn
+# Errors by which a method refuses a model.
+_REFUSALS = (SettingsError.__name__, UnsupportedError.__name__)
 
 
 @dataclass(frozen=True)
@@ -88,35 +91,54 @@ class Trouble:
 def run_in_process(group: Group, results: multiprocessing.connection.Connection) -> None:
     """Run a group in this process, which was started for it; results go to the runner.
 
+    Ctrl-C is the runner's: it ends this process by SIGTERM, which frees what there is to free.
+
     Args:
         group: what to run.
         results: takes a task's result (a dict) or `Trouble`, as they come.
     """
+    signal.signal(signal.SIGTERM, _stop)
     _end_with_parent()
+    os.dup2(2, 1)  # what tasks print must not get between the runner's own output
     if group.job.model.model == POCKET:  # no bar for weights that are read in a moment
         transformers_logging.disable_progress_bar()
     if group.workers and group.ray_address is None:
         # Ray's ports take anybody's orders otherwise; to be said before ray is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         for result in run_group(group):
             results.send(result)
-    except KeyboardInterrupt:
-        os._exit(130)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run_group(group: Group) -> Iterator[dict[str, Any] | Trouble]:
     """The results of a group's tasks, each when it ends; a task that cannot run is a `Trouble`."""
     if group.threads is not None:
         torch.set_num_threads(group.threads)
+    everything = ", ".join(group.entries)
+    # Models, tasks and libraries may raise anything; the report is to say it, task by task.
     try:
         tasks = [task for entry in group.entries for task in _found(group, entry)]
         with _answers(group) as answers:
             for task in tasks:
-                yield run_task(group, task, answers)
-    except MMLMError as error:
-        yield Trouble(", ".join(group.entries), error, group.job.run)
+                try:
+                    yield run_task(group, task, answers)
+                except (Exception, SystemExit) as error:  # noqa: BLE001
+                    yield Trouble(task.name, told(error), group.job.run)
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        yield Trouble(everything, told(error), group.job.run)
+
+
+def told(error: BaseException) -> MMLMError:
+    """An error as one of ours, whose message says what it is."""
+    if isinstance(error, MMLMError):
+        return error
+    _LOG.debug("unexpected error", exc_info=error)
+    return RunError(f"{type(error).__name__}: {error}")
 
 
 def _found(group: Group, entry: str) -> list[Task]:
@@ -145,16 +167,12 @@ def run_task(group: Group, task: Task, answers: Answers) -> dict[str, Any]:
         MMLMError: files of another run, or a file that cannot be written.
     """
     ids = selected(task, group.job.limit, group.only)
-    labels = {row.label: row.settings for row in group.job.rows}
     header = {
+        **identity(group, task),
         "run": group.job.run,
-        "task": task.name,
         "task_version": task.version,
         "source": task.source,
         "metrics": [vars(metric) for metric in task.metrics],
-        "config_sha": group.config_sha,
-        "data_sha": task.data_sha,
-        "rows": labels,
         "seed": group.job.seed,
         "versions": versions(),
         "hardware": dict(answers.place.hardware),
@@ -162,28 +180,44 @@ def run_task(group: Group, task: Task, answers: Answers) -> dict[str, Any]:
         "workers": group.workers,
         "date": now_text(),
     }
-    name = file_name(task.name)
-    with SamplesLog(group.folder / f"{name}.samples.jsonl", header, resume=group.resume) as log:
+    labels = header["rows"]
+    with SamplesLog(samples_path(group, task), header, resume=group.resume) as log:
         _TaskRun(group, task, ids, log, answers).run()
         wanted = set(ids)
         records = [one for one in log.records if one["id"] in wanted and one["row"] in labels]
-    expected = group.job.expected.get(task.name)
+        header = {**log.header, "rows": labels}
     result = task_result(
         header,
         records,
         task.aggregate,
         primary=group.job.metric.get(task.name),
         ids=ids,
-        expected=expected,
+        expected=group.job.expected.get(task.name),
         expected_source=group.job.expected_source,
         scale=group.job.scale.get(task.name, 1.0),
     )
+    result |= {"limit": group.job.limit, "only": list(group.only)}
     if task.name in group.job.notes:
         result["notes"] = group.job.notes[task.name]
     if task.name in group.job.not_compared:
         result["not_compared"] = dict(group.job.not_compared[task.name])
-    _write(group.folder / f"{name}.results.json", result)
+    _write(group.folder / f"{file_name(task.name)}.results.json", result)
     return result
+
+
+def samples_path(group: Group, task: Task) -> Path:
+    """The samples file of a task."""
+    return group.folder / f"{file_name(task.name)}.samples.jsonl"
+
+
+def identity(group: Group, task: Task) -> dict[str, Any]:
+    """What has to be the same when a run goes on; see `check_same`."""
+    return {
+        "task": task.name,
+        "config_sha": group.config_sha,
+        "data_sha": task.data_sha,
+        "rows": group.job.row_settings(),
+    }
 
 
 @dataclass
@@ -210,10 +244,13 @@ class _TaskRun:
             one for one in self.ids[: self.group.overlays] if len(self._rows_left(one)) == len(rows)
         ]
         self.shown = {one: {} for one in drawn}
-        asked = [one for one in self.log.records if one["id"] in self.numbers]
+        labels = {row.label for row in rows}
+        asked = [
+            one for one in self.log.records if one["id"] in self.numbers and one["row"] in labels
+        ]
         with TaskBar(self.task, len(self.ids) * len(rows), asked) as bar:
             self.bar = bar
-            if todo and self.group.workers == 0:
+            if todo:
                 self._warm_up(todo[0])
             for batch, label, outcomes in self.answers.run(self._batches(todo)):
                 samples = {sample.id: sample for sample in batch.samples}
@@ -228,11 +265,27 @@ class _TaskRun:
         ]
 
     def _warm_up(self, sample_id: str) -> None:
+        """Ask once with every row before it counts: first calls are slow, and a row that does not
+        fit the model is refused now and not once for every sample.
+
+        Raises:
+            SettingsError: naming the row.
+        """
         try:
             sample = self._sample(sample_id)
         except Exception:  # noqa: BLE001
             return  # it is recorded as failed when its turn comes
-        warm_up(self.answers, sample, {row.label: row.methods for row in self.group.job.rows})
+        rows = {row.label: (row.methods, frozenset([sample_id])) for row in self.group.job.rows}
+        errors: dict[str, Any] = {}
+        for _, label, outcomes in self.answers.run([Batch((sample,), rows)]):
+            errors[label] = outcomes[0].error
+        for label, error in errors.items():
+            if (
+                error
+                and error["type"] in _REFUSALS
+                and errors[self.group.job.rows[0].label] is None
+            ):
+                raise SettingsError(f"row {label}: {error['message']}")
 
     def _sample(self, sample_id: str) -> Sample:
         """A sample, with the run's own generation settings before the task's."""
@@ -285,7 +338,7 @@ class _TaskRun:
         try:
             place = self.answers.place
             draw_overlay(path, sample, kept, said, place.fit, sampling=place.sampling)
-        except (MMLMError, OSError) as error:  # answers are worth more than their pictures
+        except Exception as error:  # noqa: BLE001  answers are worth more than their pictures
             _LOG.warning("%s: sample %s is not drawn: %s", self.task.name, sample.id, error)
         del self.shown[sample.id]
 

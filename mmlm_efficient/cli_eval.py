@@ -18,6 +18,8 @@ from mmlm_efficient.errors import SettingsError
 if TYPE_CHECKING:
     from eval.runner import RunResult
 
+STOPPED = 130  # as shells say it of a command that Ctrl-C ended
+
 app = typer.Typer(
     help="Accuracy, tokens, time and memory of methods on tasks, in one run and one report.",
     epilog="Example: mmlm eval --model pocket --methods flowcut:36,random:36 "
@@ -57,7 +59,9 @@ def evaluate(
         list[Path] | None, typer.Option(help="Folder with YAMLs of further tasks; repeatable.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
-    only: Annotated[str | None, typer.Option(help="Ids of single samples: 0007-list,0012.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Ids of single samples: 0007-list,0012; repeatable.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; without it, outputs/eval/NAME.")
     ] = None,
@@ -90,6 +94,7 @@ def evaluate(
     Exit codes: 0 all good, 1 failed, 2 wrong usage, 3 finished with failed samples.
     """
     if context.invoked_subcommand is not None:
+        _refuse_options(context)
         return
     from eval.plan import config_from_options
 
@@ -126,17 +131,40 @@ def evaluate(
     options = Options(
         out=target,
         resume=resume,
-        only=tuple(_names(only) or ()),
+        only=_only(only),
         workers=workers,
         ray_address=ray_address,
         threads=threads,
     )
-    result = run_eval(plan, options)
+    try:
+        result = run_eval(plan, options)
+    except KeyboardInterrupt:
+        _complain("eval: stopped. All answers are kept: the same command with --resume goes on.")
+        raise typer.Exit(STOPPED) from None
     if as_json:
         sys.stdout.write(json.dumps(result.report, indent=2) + "\n")
     else:
         _show(result)
+    _tell_failures(result)
     raise typer.Exit(result.exit_code)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Options of a run in front of a command that runs nothing."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, one in sources.items() if one and one.name == "COMMANDLINE"]
+    if given:
+        raise SettingsError(
+            f"eval: --{given[0].replace('_', '-')} belongs to a run. Write the options of "
+            f"{context.invoked_subcommand} behind its name."
+        )
+
+
+def _only(given: list[str] | None) -> tuple[str, ...]:
+    found = tuple(name for text in given or () for name in _names(text) or ())
+    if given is not None and not found:
+        raise SettingsError("--only: names no sample. Leave it out to run all.")
+    return found
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -159,26 +187,35 @@ def _console() -> Console:
 
 
 def _show(result: RunResult) -> None:
-    """The table of each task, then where the report is, then what went wrong."""
-    console, complain = _console(), Console(stderr=True)
+    """The table of each task, then where the report is."""
+    console = _console()
     for task in result.report["tasks"]:
         console.print(_task_table(task))
     for path in result.files:
         console.print(f"written: {path}", highlight=False, style="dim", markup=False)
+
+
+def _tell_failures(result: RunResult) -> None:
+    """What went wrong, on standard error."""
     for task in result.report["tasks"]:
+        where = f"{task['run']}, {task['task']}"
+        for one in task["failures"]:
+            if one["id"] is None:
+                _complain(f"{where}: row {one['row']} has no figure: {one['message']}")
         failed = sum(row["failed"] for row in task["rows"])
-        if failed:
-            first = task["failures"][0]
-            complain.print(
-                f"mmlm: {task['task']}: {failed} answers failed, the first of row {first['row']} "
-                f"for sample {first['id']}: {first['type']}: {first['message']}. --resume asks "
-                "them again.",
-                style="bold red",
-                markup=False,
+        first = next((one for one in task["failures"] if one["id"] is not None), None)
+        if failed and first is not None:
+            _complain(
+                f"{where}: {failed} answer{'s' if failed > 1 else ''} failed, the first of row "
+                f"{first['row']} for sample {first['id']}: {first['type']}: {first['message']}. "
+                "--resume asks again."
             )
-    for one in result.troubles:
-        where = ", ".join(filter(None, [one.run, one.task]))
-        complain.print(f"mmlm: {where}: {one.error}", style="bold red", markup=False)
+    for trouble in result.troubles:
+        _complain(", ".join(filter(None, [trouble.run, trouble.task])) + f": {trouble.error}")
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(f"mmlm: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
 def _task_table(task: dict[str, Any]) -> Table:
@@ -244,11 +281,13 @@ def compare(
 
 
 @app.command(epilog="Example: mmlm eval report outputs/eval/pocket")
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or its report.json.")],
+) -> None:
     """Write a run's report again from its report.json, such as after an update."""
-    from eval.report import read_report, write_report
+    from eval.report import read_report, report_folder, write_report
 
-    for path in write_report(folder, read_report(folder)):
+    for path in write_report(report_folder(folder), read_report(folder)):
         sys.stdout.write(f"{path}\n")
 
 

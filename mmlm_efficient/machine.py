@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 MIB = 2**20
-_PACKAGES = ("mmlm-efficient", "torch", "transformers", "numpy")
+_PACKAGES = ("mmlm-efficient", "torch", "transformers", "tokenizers", "numpy")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def write_samples(
             "kind": "header",
             "format": 1,
             "task": result["task"],
+            "config_sha": result["config_sha"],
             "data_sha": result["data_sha"],
             "rows": {label: {} for label in scores},
             "metrics": [{"name": "acc", "higher_is_better": True, "aggregation": "mean"}],

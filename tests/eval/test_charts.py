@@ -13,7 +13,6 @@ from PIL import Image
 from eval import charts
 from eval.chart_labels import Label, place_labels
 from eval.charts import Point, chart_png, chart_svg, pareto_front, points_of, write_charts
-from mmlm_efficient.errors import MediaError
 from tests.eval.made_reports import ATTACK, NOTHING, report, row, task, usual
 
 
@@ -109,8 +108,8 @@ def test_png_has_a_panel_per_task() -> None:
 def test_one_sample_one_row_and_zero_cost(tmp_path: Path) -> None:
     single = {"metrics": {"acc": {"value": 1.0, "interval": None}}, "ttft_s": {"median": 0.0}}
     rows = [row("none", 1.0, **single), row("a", 1.0, 1.0, **single)]
-    files = write_charts(tmp_path, report([task("vqa", rows, samples=1)]))
-    assert len(files) == 2
+    files, notes = write_charts(tmp_path, report([task("vqa", rows, samples=1)]))
+    assert (len(files), notes) == (2, [])
 
 
 def test_many_methods_and_lower_is_better(tmp_path: Path) -> None:
@@ -129,8 +128,28 @@ def test_many_methods_and_lower_is_better(tmp_path: Path) -> None:
 
 def test_a_chart_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(MediaError, match="cannot be written"):
-        write_charts(tmp_path / "file", usual())
+    files, notes = write_charts(tmp_path / "file", usual())
+    assert files == []
+    assert [note.partition(" is missing: MediaError: ")[0] for note in notes] == [
+        "The chart accuracy_tokens.png",
+        "The chart accuracy_ttft.png",
+    ]
+
+
+def test_a_chart_that_cannot_be_drawn_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = charts.chart_png
+
+    def broken(tasks: list[dict], against: charts.Against) -> bytes | None:
+        if against == "tokens":
+            raise RuntimeError("font cache")
+        return real(tasks, against)
+
+    monkeypatch.setattr(charts, "chart_png", broken)
+    files, notes = write_charts(tmp_path, usual())
+    assert [file.name for file in files] == ["accuracy_ttft.png"]
+    assert notes == ["The chart accuracy_tokens.png is missing: RuntimeError: font cache"]
 
 
 def boxes(labels: list[Label], points: list[tuple[float, float]]) -> dict[str, object]:

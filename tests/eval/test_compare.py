@@ -142,6 +142,46 @@ def test_what_is_not_paired_says_why(tmp_path: Path) -> None:
     assert unpaired(compare(a, disjoint)) == "no sample was answered and scored by both"
 
 
+def resumed(folder: Path, ids: list[str], **changes: Any) -> Path:
+    """A run of BEFORE's first samples whose samples file holds further ones, of a larger limit."""
+    run(folder, scored({label: values[: len(ids)] for label, values in BEFORE.items()}))
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    made["tasks"][0] |= {"samples": len(ids), **changes}
+    write_json(folder / "report.json", made)
+    write_samples(folder, made["tasks"][0], scored(BEFORE))
+    return folder
+
+
+def test_samples_beyond_the_limit_of_the_last_run_do_not_count(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", scored(AFTER))
+    b = resumed(tmp_path / "b", ["s0", "s1"])
+    write_json(b / "pocket" / "vqa.results.json", {"ids": ["s0", "s1"]})
+    for first, second, sign in ((a, b, 1), (b, a, -1)):
+        found = row_of(compare(first, second), "flowcut:36")
+        # s0, s1: 0 and 1 in the one, 1 and 0 in the other; s2 and s3 are no part of it.
+        assert found["difference"]["paired"]
+        assert (found["difference"]["value"], found["difference"]["pairs"]) == (0.0, 2)
+        assert found["difference"]["note"] == "2 of 4 samples"
+        assert (found["answers"]["compared"], found["answers"]["changed"]) == (2, 2)
+        assert [one["a"] for one in found["answers"]["examples"]] == (
+            ["says 0", "says 1"] if sign > 0 else ["says 1", "says 0"]
+        )
+
+
+def test_surplus_samples_that_cannot_be_told_apart_are_not_paired(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", scored(AFTER))
+    why = "the second run's files hold other samples than its report counts"
+    old = resumed(tmp_path / "b", ["s0", "s1"])  # of a version whose results had no ids
+    result = compare(a, old)
+    assert unpaired(result) == why
+    assert row_of(result, "none")["answers"] is None
+    write_json(old / "pocket" / "vqa.results.json", {"task": "vqa"})
+    assert unpaired(compare(a, old)) == why
+    # A later run, killed before it wrote its report.
+    write_json(old / "pocket" / "vqa.results.json", {"ids": ["s0", "s1", "s2"]})
+    assert unpaired(compare(a, old)) == why
+
+
 def test_unpaired_interval_by_hand(tmp_path: Path) -> None:
     a = run(tmp_path / "a", scored(BEFORE), samples=False)
     b = run(tmp_path / "b", scored(AFTER), samples=False)
@@ -220,6 +260,117 @@ def test_warnings(tmp_path: Path) -> None:
     ]
 
 
+def warned(
+    tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any], **task_b: Any
+) -> list[str]:
+    """Warnings about two runs whose configurations hold these settings."""
+    folders = []
+    for name, settings, changes in (("a", ours, {}), ("b", theirs, task_b)):
+        folder = run(tmp_path / name, scored(BEFORE), **changes)
+        made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        made["config"] = {"runs": [{"name": "pocket", **settings}]}
+        write_json(folder / "report.json", made)
+        folders.append(folder)
+    found: list[str] = compare(*folders)["warnings"]
+    return found
+
+
+def test_another_model_or_setting_is_said(tmp_path: Path) -> None:
+    ours = {"model": "pocket", "dtype": None, "quantization": None, "limit": None, "generation": {}}
+    theirs = {
+        "model": "hub/other",
+        "dtype": "bfloat16",
+        "quantization": "int8",
+        "attn_implementation": "sdpa",  # which the other report does not say
+        "limit": 100,
+        "generation": {"max_new_tokens": 8},
+    }
+    end = "answers and times differ by that too."
+    assert warned(tmp_path, ours, theirs, config_sha="ffffffffffff") == [
+        f"model: pocket and hub/other; {end}",
+        f"quantization: none and int8; {end}",
+        f'generation: none and {{"max_new_tokens": 8}}; {end}',
+        f"dtype: float32 and bfloat16; {end}",
+        "vqa: limit: none and 100; the two scores need not be of the same samples, paired "
+        "differences are.",
+    ]
+    # The CPU's own type, named and not; nothing else differs.
+    assert warned(tmp_path, ours, {**ours, "dtype": "float32"}) == []
+    sdpa = {**ours, "attn_implementation": "sdpa"}
+    eager = {**ours, "attn_implementation": "eager"}
+    assert warned(tmp_path, sdpa, eager) == [f"attn_implementation: sdpa and eager; {end}"]
+
+
+def test_the_device_is_said_by_hardware_or_else_by_the_configuration(tmp_path: Path) -> None:
+    here, there = {"device": "cpu"}, {"device": "cuda"}
+    assert warned(tmp_path, here, there, hardware={"cpu": "a processor", "device": "cuda"}) == [
+        "Hardware: device cpu and cuda; times and memory do not compare."
+    ]
+    unknown = warned(tmp_path, here, there, hardware=None)
+    assert "device: cpu and cuda; answers and times differ by that too." in unknown
+
+
+def test_other_samples_of_a_task_are_said(tmp_path: Path) -> None:
+    [only] = warned(tmp_path, {}, {}, only=["s0", "s1"])
+    assert only.startswith(
+        'vqa: only: none and ["s0", "s1"]; the two scores need not be of the same'
+    )
+    # What the task's result says wins over the configuration.
+    assert warned(tmp_path, {"limit": 3}, {"limit": None}, limit=3) == []
+
+
+def test_weights_that_differ_under_one_name_are_said(tmp_path: Path) -> None:
+    same = {"model": "pocket"}
+    assert warned(tmp_path, same, same, config_sha="ffffffffffff") == [
+        "vqa: configurations 0123456789ab and ffffffffffff differ in what the reports do not name, "
+        "such as the weights."
+    ]
+    # A seed explains it.
+    [seed] = warned(tmp_path, same, same, config_sha="ffffffffffff", seed=1)
+    assert seed.startswith("Seed:")
+
+
+def test_one_label_for_two_settings_is_said(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", scored(BEFORE)), run(tmp_path / "b", scored(BEFORE))
+    settings = {"keep_tokens": 36, "position_ids": "original"}
+    for folder, methods in (
+        (a, {"flowcut": settings}),
+        (b, {"flowcut": {**settings, "position_ids": "packed"}, "fastv": {"layer": 2}}),
+    ):
+        made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        made["tasks"][0]["rows"][0]["methods"] = {}
+        made["tasks"][0]["rows"][1]["methods"] = methods
+        write_json(folder / "report.json", made)
+    assert compare(a, b)["warnings"] == [
+        "vqa: row flowcut:36 has other settings in each run: flowcut.position_ids original and "
+        "packed; fastv.layer none and 2."
+    ]
+    assert compare(a, a)["warnings"] == []
+
+
+def test_sessions_that_were_not_alike_are_said(tmp_path: Path) -> None:
+    [mixed] = warned(tmp_path, {}, {}, mixed=["hardware", "workers"])
+    assert mixed == (
+        "vqa: in the second run, sessions with other hardware, workers are mixed; times and memory "
+        "do not compare."
+    )
+
+
+def test_percent_only_where_the_reports_do_not_say_otherwise(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", scored(BEFORE), percent=False)
+    b = run(tmp_path / "b", scored(AFTER), percent=False)
+    result = compare(a, b)
+    assert result["tasks"][0]["percent"] is False
+    markdown = write_comparison(tmp_path / "out", result)[1].read_text(encoding="utf-8")
+    assert "+0.250" in markdown
+    assert "acc, %" not in markdown
+    c = run(tmp_path / "c", scored(AFTER), percent=True)
+    assert compare(a, c)["tasks"][0]["percent"] is False
+    assert compare(c, c)["tasks"][0]["percent"] is True
+    old = run(tmp_path / "d", scored(AFTER))
+    assert compare(old, old)["tasks"][0]["percent"] is None
+
+
 def test_other_metric_of_the_second_run(tmp_path: Path) -> None:
     a, b = run(tmp_path / "a", scored(BEFORE)), run(tmp_path / "b", scored(BEFORE), metric="f1")
     result = compare(a, b)
@@ -248,7 +399,14 @@ def test_errors(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no report of format 1"):
         compare(*pair)
     write_json(pair[1] / "report.json", report([]) | {"tasks": [{"task": "vqa"}]})
-    with pytest.raises(DataError, match="a task lacks 'rows'"):
+    with pytest.raises(DataError, match="tasks: 0: run: is missing"):
+        compare(*pair)
+
+
+@pytest.mark.parametrize("content", ["{", '{"ids": [1]}', '{"ids": "s0"}'])
+def test_a_damaged_results_file(pair: tuple[Path, Path], content: str) -> None:
+    (pair[1] / "pocket" / "vqa.results.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"vqa\.results\.json: (cannot be read|is damaged)"):
         compare(*pair)
 
 

@@ -244,7 +244,7 @@ def test_local_files_of_a_data_set(tmp_path: Path) -> None:
 def test_as_json_and_as_a_table(index: FakeIndex) -> None:
     planned = plan(
         tasks=["gqa", "pope"],
-        methods=["flowcut:0.125", "var"],
+        methods=["flowcut:0.125", "next"],
         expected={
             "source": "paper, table 1",
             "tasks": ["pope"],
@@ -268,7 +268,7 @@ def test_as_json_and_as_a_table(index: FakeIndex) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(dry_run_table(planned))
     text = console.export_text()
-    for part in ("12.5 %", "85.9*", "unknown method 'var'", "lab/POPE", "of [bold] another"):
+    for part in ("12.5 %", "85.9*", "unknown method 'next'", "lab/POPE", "of [bold] another"):
         assert part in text
     assert text.count("gqa") == 1  # not repeated on every line
     assert "1, 2" in text

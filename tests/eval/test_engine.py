@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from eval.answering import Batch, LocalAnswers, answer_batch, warm_up
+from eval.answering import Batch, LocalAnswers, answer_batch
 from eval.engine import Engine, cut, seed_of
 from eval.record import failed_record, record_of
 from eval.task import IMAGE, Sample
 from mmlm_efficient import EfficientLMM, FlowCut, load
-from mmlm_efficient.errors import MediaError, UnsupportedError
+from mmlm_efficient.errors import MediaError, RunError, UnsupportedError
 from mmlm_efficient.pocket import scene
 from mmlm_efficient.settings import Config
 from tests.eval.conftest import SmallTask
@@ -73,6 +74,7 @@ def test_until_cuts_the_answer(lmm: EfficientLMM) -> None:
     assert [one.text for one in cuts] == [str(one.text).split(",")[0] for one in whole]
     assert any("," in str(one.text) for one in whole)
     assert cut("a b", ["", "b"]) == "a"
+    assert cut("xab", ["b", "ab"]) == cut("xab", ["ab", "b"]) == "x"
 
 
 def test_one_failing_sample_fails_alone(lmm: EfficientLMM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +116,41 @@ def test_out_of_memory_is_asked_again_in_smaller_pieces(
     outcomes = Engine(lmm).answer(samples(3), ())
     assert [one.error for one in outcomes] == [None] * 3
     assert [one.usage["batch_size"] for one in outcomes] == [1] * 3
+
+
+def test_a_failed_batch_is_forgotten_before_its_samples_are_asked(
+    lmm: EfficientLMM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its tensors would still fill the memory that the samples need."""
+    real = lmm.ask_batch
+    kept: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Tensors:
+        pass
+
+    def out_of_memory(requests: Any, *rest: Any, **more: Any) -> Any:
+        if len(requests) > 1:
+            tensors = Tensors()
+            kept.append(weakref.ref(tensors))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alive.append(kept[0]() is not None)
+        return real(requests, *rest, **more)
+
+    monkeypatch.setattr(lmm, "ask_batch", out_of_memory)
+    Engine(lmm).answer(samples(2), ())
+    assert alive == [False, False]
+
+
+def test_a_device_that_has_failed_ends_the_run(
+    lmm: EfficientLMM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(lmm, "ask_batch", broken)
+    with pytest.raises(RunError, match="device-side assert"):
+        Engine(lmm).answer(samples(2), ())
 
 
 def test_a_picture_that_cannot_be_read_is_a_media_failure(
@@ -171,6 +208,12 @@ def test_records_hold_the_score_or_the_error(lmm: EfficientLMM) -> None:
         def score(self, id: str, answer: str) -> dict[str, Any]:
             raise ZeroDivisionError("no words")
 
+    class Odd(SmallTask):
+        def score(self, id: str, answer: str) -> dict[str, Any]:
+            return {"right": object()}
+
+    odd = record_of("none", sample, outcome, Odd())
+    assert (odd["ok"], odd["error"]["where"], odd["group"]) == (False, "score", "even")
     broken = record_of("none", sample, outcome, Broken())
     assert not broken["ok"]
     assert "answer" not in broken
@@ -185,7 +228,6 @@ def test_a_batch_goes_through_its_rows_and_keeps_the_pictures_asked_for() -> Non
     batch = Batch(tuple(asked), rows, frozenset(["s2"]))
     with LocalAnswers(Config(methods=("random:9",))) as answers:
         assert answers.place.hardware["device"] == "cpu"
-        warm_up(answers, asked[0], {"none": ()})
         got = {label: outcomes for _, label, outcomes in answers.run([batch])}
         direct = dict(answer_batch(answers._engine, batch))
     assert {label: [one.id for one in found] for label, found in got.items()} == {

@@ -150,6 +150,11 @@ def test_every_figure_by_hand() -> None:
         "metric": "acc",
         "higher_is_better": True,
         "samples": 5,
+        "clusters": 5,
+        "ids": ["1", "2", "3", "4", "5"],
+        "percent": True,
+        "workers": 0,
+        "mixed": [],
     }
     assert none == {
         "row": "none",
@@ -451,10 +456,18 @@ def test_a_figure_that_cannot_be_made_is_a_failure_and_no_crash() -> None:
     assert flowcut["groups"] == {}
     assert row_of(result, "none")["metrics"]["acc"]["value"] == 0.75
     score = {"id": None, "where": "score"}
+    nan = {"metric": "total", "type": "ValueError", "message": "metric total is nan"}
+    total = {**score, **nan}
     assert result["failures"][:3] == [
-        {"row": "flowcut:36", **score, "type": "ZeroDivisionError", "message": "no category"},
-        {"row": "none", **score, "type": "ValueError", "message": "metric total is nan"},
-        {"row": "flowcut:36", **score, "type": "ValueError", "message": "metric total is nan"},
+        {
+            "row": "flowcut:36",
+            **score,
+            "metric": "acc",
+            "type": "ZeroDivisionError",
+            "message": "no category",
+        },
+        {"row": "none", **total},
+        {"row": "flowcut:36", **total},
     ]
 
 

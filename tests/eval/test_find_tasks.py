@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,18 +43,26 @@ def without_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+# The files that lmms-eval was asked to read, call by call.
+meant: list[dict[str, Path]] = []
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Path]]]:
     """Stands in for lmms-eval's tasks, of which it knows some; remembers what it was asked."""
     calls: list[tuple[str, list[Path]]] = []
+    meant.clear()
     known = {"pope": ["pope"], "family": ["a", "b"], "odd": ["odd"]}
 
     class Known:
         def __init__(self, name: str) -> None:
             self.name = name
 
-    def lmms_tasks(entry: str, include_path: Sequence[Path]) -> list[Any]:
+    def lmms_tasks(
+        entry: str, include_path: Sequence[Path], files: Mapping[str, Path]
+    ) -> list[Any]:
         calls.append((entry, list(include_path)))
+        meant.append(dict(files))
         if entry not in known:
             raise SettingsError(f"task '{entry}': there is none of this name in lmms-eval.")
         return [Known(name) for name in known[entry]]
@@ -73,7 +81,7 @@ def test_bundled_tasks_go_by_their_names() -> None:
     assert bundled_folder().is_dir()
     (task,) = find_tasks("mmlm_pocket_video")
     assert isinstance(task, LocalTask)
-    assert task.source == BUNDLED
+    assert task.source.startswith(BUNDLED)
 
 
 def test_local_tasks_are_found_in_folders_below(tmp_path: Path) -> None:
@@ -219,9 +227,10 @@ def test_lmms_eval_not_knowing_it_leads_to_the_nearest_of_ours(asked: list[Any])
 
 
 def test_local_yaml_that_only_lmms_eval_reads(asked: list[Any], tmp_path: Path) -> None:
-    add_task(tmp_path, "odd", "filter_list: []\n")
+    path = add_task(tmp_path, "odd", "filter_list: []\n")
     assert names("odd", tmp_path) == ["odd"]
     assert asked == [("odd", [tmp_path])]
+    assert meant == [{"odd": path}], "and none of lmms-eval's of this name"
 
 
 def test_groups_with_members_of_lmms_eval(asked: list[Any], tmp_path: Path) -> None:
@@ -231,6 +240,8 @@ def test_groups_with_members_of_lmms_eval(asked: list[Any], tmp_path: Path) -> N
     (tmp_path / "h.yaml").write_text("group: family\ntask: [{task: sums, num_fewshot: 0}]\n")
     assert names("family", tmp_path) == ["a", "b"]
     assert asked[-1] == ("family", [tmp_path])
+    files = {name: tmp_path / f"{file}.yaml" for name, file in (("family", "h"), ("sums", "sums"))}
+    assert meant == [{}, {}, files]
 
 
 @pytest.mark.usefixtures("without_lmms_eval")

@@ -40,6 +40,7 @@ from eval.find_tasks import bundled_folder, find_tasks
 from eval.lmms_model import EfficientChatModel
 from eval.lmms_plugin import manifests
 from eval.lmms_task import lmms_tasks
+from eval.local_task import LocalTask
 
 SHORT = {"max_new_tokens": 12, "do_sample": False}
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,41 @@ def test_a_bundled_task_gives_the_same(model: EfficientChatModel) -> None:
     scores = [task.score(one.id, one.text or "")["mmlm_acc"] for one in outcomes]
     found = result["results"]["mmlm_pocket_vqa"]["mmlm_acc,none"]
     assert found == task.aggregate("mmlm_acc", scores)
+
+
+@pytest.mark.parametrize("column", [None, "name"])
+def test_sampled_answers_are_the_same(
+    model: EfficientChatModel, folder: Path, tmp_path: Path, column: str | None
+) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    rows = [json.loads(line) for line in (own / "data.jsonl").read_text().splitlines()]
+    named = [json.dumps(row | {"name": f"q{at * 7 % 12}"}) for at, row in enumerate(rows)]
+    (own / "data.jsonl").write_text("\n".join(named) + "\n")
+    sampled = {"max_new_tokens": 12, "do_sample": True, "temperature": 5.0}
+    metadata = {"version": 2.0, **({} if column is None else {"id_column": column})}
+    write_task(own, "mmlm_s", generation_kwargs=sampled, metadata=metadata)
+    found = answers(evaluate(model, own, ["mmlm_s"]), "mmlm_s")
+    [task] = find_tasks("mmlm_s", [own])
+    assert isinstance(task, LocalTask)
+    assert task.ids[1] == ("1" if column is None else "q7")
+    samples = [task.sample(id) for id in task.ids]
+    with load("pocket") as lmm:
+        outcomes = Engine(lmm).answer(samples, as_methods("flowcut:36"))
+    assert found == [outcome.text for outcome in outcomes]
+    greedy = answers(evaluate(model, own, ["mmlm_t"]), "mmlm_t")
+    assert found != greedy, "they are drawn"
+
+
+def test_documents_of_one_name(asking: EfficientChatModel) -> None:
+    asking.task_dict = {"t": {"test": [{"id": name} for name in "aba"]}}
+
+    def messages(doc: dict[str, str]) -> list[dict[str, Any]]:
+        return question(0)
+
+    asked = [request(messages, SHORT, number, id_column="id") for number in range(3)]
+    assert len(asking.generate_until([asked[0], asked[0], asked[1]])) == 3
+    with pytest.raises(RunError, match=r"1 of 3 samples .*\(t 2\).*column 'id' has 'a' several"):
+        asking.generate_until(asked)
 
 
 def test_a_second_run_and_other_batches_give_the_same(

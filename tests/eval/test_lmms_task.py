@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmlm_efficient.errors import DataError, SettingsError, UnsupportedError
+from mmlm_efficient.errors import (
+    DataError,
+    MissingExtraError,
+    SettingsError,
+    UnsupportedError,
+)
 from tests.eval.lmms_local import F, only_local, write_data, write_task
 
 pytest.importorskip("lmms_eval")
 
-from eval.lmms_task import LmmsTask, lmms_task_names, lmms_tasks, plain
+from eval.lmms_task import LmmsTask, lmms_tasks, plain
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 
@@ -110,7 +117,6 @@ def test_groups_and_tags_give_their_tasks(folder: Path) -> None:
         ["mmlm_b", "mmlm_a"],
     )
     assert [task.name for task in lmms_tasks("mmlm_group", [folder])] == ["mmlm_b", "mmlm_a"]
-    assert lmms_task_names([folder]) == ["mmlm_a", "mmlm_b", "mmlm_both", "mmlm_group"]
 
 
 def test_the_digest_sees_data_settings_and_functions_but_no_place(
@@ -251,6 +257,55 @@ def test_unknown_names_and_folders(folder: Path) -> None:
             task.sample(id)
     with pytest.raises(SettingsError, match="no metric 'left'. It has: right, pair"):
         task.aggregate("left", [1])
+
+
+def test_names_that_lmms_eval_has_itself(folder: Path, tmp_path: Path) -> None:
+    """The first folder stands for lmms-eval's own, which win."""
+    write_task(folder, "mmlm_t", tag=["mmlm_tag"])
+    own = tmp_path / "own"
+    own.mkdir()
+    write_task(own, "mmlm_t")
+    folders, mine = [folder, own], own / "mmlm_t.yaml"
+    theirs = folder / "mmlm_t.yaml"
+    assert [one.name for one in lmms_tasks("mmlm_t", folders, {"mmlm_t": theirs})] == ["mmlm_t"]
+    with pytest.raises(
+        SettingsError, match="'mmlm_t': lmms-eval has a task .*own/mmlm_t.yaml: rename"
+    ):
+        lmms_tasks("mmlm_t", folders, {"mmlm_t": mine})
+    with pytest.raises(SettingsError, match="'mmlm_tag': lmms-eval has a task or group of this n"):
+        lmms_tasks("mmlm_t", folders, {"mmlm_tag": mine})
+
+
+def test_ids_of_a_column(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+
+    def task(column: str, ids: list[str]) -> LmmsTask:
+        lines = [json.dumps(row | {"own": id}) for row, id in zip(rows, ids, strict=False)]
+        (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+        return load(folder, metadata={"version": 2.0, "id_column": column})
+
+    found = task("own", ["x", "y", "0"])
+    assert found.ids == ("x", "y", "0")
+    assert found.sample("0").target == rows[2]["answer"]
+    with pytest.raises(SettingsError, match="no sample '1'. Its ids are x to 0"):
+        found.sample("1")
+    with pytest.raises(DataError, match="column 'own', which metadata.id_column .* 'x' several"):
+        task("own", ["x", "y", "x"])
+    with pytest.raises(DataError, match="names a column 'id' that its data do not have.*: .*own"):
+        task("id", ["x", "y", "z"])
+
+
+def test_code_that_wants_to_exit(folder: Path) -> None:
+    with (folder / "utils.py").open("a") as file:
+        file.write("raise SystemExit(0)\n")
+    with pytest.raises(DataError, match="task mmlm_t: its Python code wants to exit"):
+        load(folder)
+
+
+def test_the_extra_that_installs_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mmlm-efficient\[lmms-eval\]'"):
+        lmms_tasks("mme")
 
 
 def test_a_broken_yaml_file(folder: Path) -> None:

@@ -79,6 +79,21 @@ def test_media_in_mappings(url: dict[str, Any], expected: Any) -> None:
     assert sample({"type": "image", "url": url}, text("Why?")).images == (expected,)
 
 
+@pytest.mark.parametrize(
+    ("head", "picture"),
+    [
+        (b"\x89PNG\r\n", True),
+        (b"\xff\xd8\xff\xe0", True),
+        (b"RIFF\0\0\0\0WEBPVP8 ", True),
+        (b"RIFF\0\0\0\0AVI LIST", False),
+        (b"\0\0\0\x20ftypisom", False),
+    ],
+)
+def test_bytes_of_a_picture_are_no_video(head: bytes, picture: bool) -> None:
+    found = sample({"type": "video", "url": {"bytes": head, "path": None}}, text("Why?"))
+    assert (found.images, found.video) == (((head,), None) if picture else ((), head))
+
+
 def test_pictures_are_passed_as_they_are() -> None:
     picture = Image.new("RGB", (4, 4))
     assert sample({"type": "image", "url": picture}, text("Why?")).images[0] is picture
@@ -171,6 +186,16 @@ GREEDY = {"do_sample": False}
         ),
         ({"max_new_tokens": 8, "do_sample": True}, {"max_new_tokens": 8, "do_sample": True}, ()),
         (
+            {"max_new_tokens": 8, "temperature": "0.5"},
+            {"max_new_tokens": 8, "do_sample": True, "temperature": 0.5},
+            (),
+        ),
+        (
+            {"max_new_tokens": 8, "temperature": "0", "do_sample": True},
+            {"max_new_tokens": 8, **GREEDY},
+            (),
+        ),
+        (
             {"max_new_tokens": 8, "do_sample": True, "temperature": 0},
             {"max_new_tokens": 8, **GREEDY},
             (),
@@ -226,7 +251,16 @@ def test_the_task_decides_before_defaults() -> None:
         ({"num_beams": 0}, "num_beams must be a whole number >= 1"),
         ({"do_sample": "yes"}, "do_sample must be true or false"),
         ({"do_sample": True, "top_p": 3}, "top_p must be a number above 0 and at most 1"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number"),
+        (
+            {"do_sample": True, "temperature": "hot"},
+            "temperature must be a number, 0 or above, got",
+        ),
+        ({"temperature": "hot"}, "temperature must be a number, 0 or above, got 'hot'"),
+        ({"temperature": -0.5}, "temperature must be a number, 0 or above, got -0.5"),
+        ({"temperature": "-1", "do_sample": False}, "temperature must be a number, 0 or above"),
+        ({"temperature": "nan"}, "temperature must be a number, 0 or above, got 'nan'"),
+        ({"temperature": True}, "temperature must be a number, 0 or above, got True"),
+        ({"temperature": [1]}, "temperature must be a number, 0 or above"),
         ({"until": 3}, "until: expected a text or a list of texts, got 3"),
         ({"max_length": 100}, "max_length: cannot be used here"),
     ],

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import overlays
-from eval.overlays import draw_overlay
-from eval.report_html import OVERLAYS, Overlays, report_html
+from eval import overlays, worker
+from eval.overlays import OVERLAYS, draw_overlay
+from eval.report import report_markdown
+from eval.report_html import Overlays, report_html
 from eval.task import Sample
 from mmlm_efficient import plots
 from mmlm_efficient.errors import MediaError
@@ -259,3 +260,24 @@ def test_reports_say_how_many_drawings_they_leave_out(tmp_path: Path) -> None:
     assert "vqa: 2 more drawings of samples in pocket/overlays/vqa." in html
     assert f"question {OVERLAYS - 1}" in html
     assert f"question {OVERLAYS}" not in html
+
+
+def test_rows_that_are_in_no_drawing_are_named(tmp_path: Path) -> None:
+    drawn(tmp_path, 0)
+    made = usual()
+    html = report_html(tmp_path, made, charts=False)
+    markdown = report_markdown(tmp_path, made, [])
+    for words in (html, markdown):
+        assert "Not in all of these drawings: flowcut:72, fastv:36. A sample is drawn" in words
+    made["tasks"][0]["rows"] = made["tasks"][0]["rows"][:2]
+    assert "Not in all" not in report_html(tmp_path, made, charts=False)
+    assert "Not in all" not in report_markdown(tmp_path, made, [])
+
+
+def test_a_report_shows_all_that_a_run_draws(tmp_path: Path) -> None:
+    assert worker.OVERLAYS == OVERLAYS
+    for number in range(OVERLAYS):
+        drawn(tmp_path, number)
+    shown = Overlays(tmp_path)
+    assert len(shown.of(usual()["tasks"][0])) == OVERLAYS
+    assert shown.notes == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import yaml
 from eval.plan import (
     EvalConfig,
     Job,
+    check_task_keys,
     config_from_options,
     eval_preset_names,
     load_eval_config,
 )
 from eval.rows import Row, budgets_from, rows, rows_from_text, split_outside
 from eval.schema import tasks_from_text
-from mmlm_efficient.errors import ModelLoadError, SettingsError
-from mmlm_efficient.names import POCKET_WEIGHTS
+from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.pruning.fastv import FastV
 from mmlm_efficient.pruning.flowcut import FlowCut
 from mmlm_efficient.pruning.random_pruning import RandomPruning
@@ -147,17 +146,17 @@ def test_refused_rows(entries: list[Any], parts: tuple[str, ...]) -> None:
 
 
 def test_methods_of_other_versions_are_missing_when_lenient() -> None:
-    with refuse("methods[0]", "unknown method 'var'"):
-        rows(["var"])
-    entry = {"name": "var", "task_preset": "general", "keep_ratio": 0.5}
+    with refuse("methods[0]", "unknown method 'next'"):
+        rows(["next"])
+    entry = {"name": "next", "task_preset": "general", "keep_ratio": 0.5}
     row = rows([["flowcut:8", entry]], lenient=True)[1]
     assert row.missing is not None
-    assert "unknown method 'var'" in row.missing
-    assert row.label == "flowcut:8+var:0.5(task_preset=general)"
+    assert "unknown method 'next'" in row.missing
+    assert row.label == "flowcut:8+next:0.5(task_preset=general)"
     assert row.budgets == (8, 0.5)
-    assert row.settings["var"] == {"task_preset": "general", "keep_ratio": 0.5}
+    assert row.settings["next"] == {"task_preset": "general", "keep_ratio": 0.5}
     with refuse("keep_token"):  # what is known is checked all the same
-        rows([["flowcut(keep_token=8)", "var"]], lenient=True)
+        rows([["flowcut(keep_token=8)", "next"]], lenient=True)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +387,8 @@ def test_jobs_go_to_other_processes() -> None:
 
 
 def test_jobs_refuse_what_only_a_dry_run_lists() -> None:
-    config = EvalConfig.read({"tasks": TASKS, "methods": ["var"]}, lenient=True)
-    with refuse("pocket", "var", "unknown method"):
+    config = EvalConfig.read({"tasks": TASKS, "methods": ["next"]}, lenient=True)
+    with refuse("pocket", "next", "unknown method"):
         config.jobs()
 
 
@@ -471,65 +470,30 @@ def test_refused_options() -> None:
         config_from_options()
 
 
-# -- what identifies a run ---------------------------------------------------------------------
+def test_a_config_keeps_its_name_when_one_run_is_left() -> None:
+    base = EvalConfig.read({"name": "both", "tasks": TASKS, "runs": [{"name": "a"}, {"name": "b"}]})
+    one = config_from_options(config=base, runs=["a"], limit=3)
+    assert (one.name, one.runs[0].run, one.runs[0].limit) == ("both", "a", 3)
+    single = EvalConfig.read({"name": "study", "tasks": TASKS, "runs": [{"name": "a"}]})
+    assert config_from_options(config=single).name == "study"
+    assert EvalConfig.read(config_from_options(config=single).to_dict()).name == "study"
+    other = config_from_options(config=single, model="some/model")
+    assert (other.name, other.runs[0].run) == ("model", "model"), "it is of another model"
 
 
-@pytest.fixture(scope="module")
-def pocket_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "copy"
-    shutil.copytree(POCKET_WEIGHTS, folder)
-    return folder
+# -- names of groups ---------------------------------------------------------------------------
 
 
-def test_sha_sees_all_that_changes_answers(pocket_copy: Path) -> None:
-    base = read().config_sha()
-    assert len(base) == 12
-    assert int(base, 16) >= 0
-    changes: list[dict[str, Any]] = [
-        {"dtype": "bfloat16"},
-        {"seed": 1},
-        {"attn_implementation": "eager"},
-        {"generation": {"max_new_tokens": 3}},
-        {"model": str(pocket_copy)},
-        {"quantization": "int8"},
-    ]
-    shas = {read(**change).config_sha() for change in changes}
-    assert len(shas | {base}) == len(changes) + 1
-
-
-def test_sha_does_not_see_how_it_is_run() -> None:
-    base = read().config_sha()
-    for change in ({"batch_size": 1}, {"limit": 3}, {"methods": ["random:8"]}, {"tasks": ["b"]}):
-        assert read(**change).config_sha() == base
-    assert read(dtype="float32", device="cpu").config_sha() == base  # what they are by default
-    assert read(model=str(POCKET_WEIGHTS)).config_sha() == base
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_sha_sees_the_files_of_a_model(pocket_copy: Path, name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(pocket_copy, folder)
-    before = read(model=str(folder)).config_sha()
-    assert before == read(model=str(pocket_copy)).config_sha()  # wherever the folder lies
-    with (folder / name).open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-    assert read(model=str(folder)).config_sha() != before
-
-
-def test_sha_of_a_cached_hub_model_is_its_commit(
-    pocket_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shas = []
-    for commit in ("a" * 40, "b" * 40):
-        folder = tmp_path / "models--x--y" / "snapshots" / commit
-        monkeypatch.setattr("mmlm_efficient.loading.find_folder", lambda _, found=folder: found)
-        shas.append(read(model="x/y").config_sha())
-    assert shas[0] != shas[1]
-
-
-def test_sha_of_a_model_that_is_not_there() -> None:
-    with pytest.raises(ModelLoadError, match="no/where/at/all"):
-        read(model="no/where/at/all").config_sha()
+def test_what_is_said_of_a_group_is_refused() -> None:
+    values = published(tasks=["gqa"], rows={"none": [61.9]}, scale={}, notes={}, not_compared=[])
+    job = EvalConfig.read({**values, "metric": {"pope": "f1"}}).runs[0]
+    own = {name: [name] for name in ("gqa", "pope", "mme")}
+    check_task_keys(job, own)
+    check_task_keys(job, {**own, "mme": ["one", "two"]})  # of which nothing is said
+    with refuse("run pocket", "metric: 'pope' is a group", "[a, b]"):
+        check_task_keys(job, {**own, "pope": ["a", "b"]})
+    with refuse("expected: 'gqa' is a group", "[c]"):
+        check_task_keys(job, {**own, "gqa": ["c"]})
+    apart = EvalConfig.read(published()).runs[0]
+    with refuse("expected: 'mme' is a group"):
+        check_task_keys(apart, {**own, "mme": ["one"]})

@@ -6,6 +6,7 @@ import builtins
 import json
 import re
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval.report import read_report, shown_score, text, write_report
+from eval.report import folded, read_report, report_folder, shown_score, text, write_report
 from eval.report_html import report_html
-from eval.report_summary import caveats, change_words, headline, provenance, summary
+from eval.report_summary import (
+    caveats,
+    change_words,
+    headline,
+    provenance,
+    summary,
+    unscored,
+)
 from eval.report_view import expected_of, group_table, overview_table, task_table
 from eval.report_words import Scale, duration, mark_of, milliseconds, share, size
 from mmlm_efficient.errors import DataError, RunError
@@ -151,6 +159,13 @@ def test_percent_or_raw() -> None:
     assert found["acc"].startswith("1,502.1|")
     assert found["to none"].startswith("▼−8.6|")
     assert shown_score(task("mme", raw), raw[1])[0] == "1,502.1"
+    # A figure within 0 to 1 that is no share, such as a loss.
+    loss = [row("none", 0.5), row("flowcut:36", 0.4, 0.5)]
+    assert cells(task("x", loss, percent=False), "flowcut:36")["acc"] == "0.400|0.380 to 0.420"
+    assert shown_score(task("x", loss, percent=True), loss[1])[0] == "40.0 %"
+    # Items within 0 to 1, of which the task makes percent itself.
+    assert shown_score(task("x", raw, percent=True), raw[1])[0] == "1,502.1"
+    assert Scale.of([None], percent=False).score(None) == "–"
 
 
 def test_lower_is_better() -> None:
@@ -159,7 +174,7 @@ def test_lower_is_better() -> None:
     assert (line[2].text, line[2].mark, line[2].arrow) == ("+10.0", "worse", "▲")
     assert change_words(result, result["rows"][1]) == "is worse by 10.0 points (9.0 to 11.0)"
     result["rows"].append(row("fastv:36", 0.1, 0.2))
-    assert headline(result)["row"] == "fastv:36"
+    assert headline(result)[0]["row"] == "fastv:36"
 
 
 def test_marks_need_an_interval_without_zero() -> None:
@@ -186,9 +201,10 @@ def test_the_papers_numbers() -> None:
 def test_summary_in_words() -> None:
     first, second = summary(usual())
     assert first == (
-        "On vqa (1,000 samples) the stock model scores 83.1 %; flowcut:72 keeps 50 % of the "
-        "visual tokens (mean over layers) and shows no clear difference (−0.2 points, −1.2 to "
-        "+0.8); its first token takes 0.50× the stock model's time."
+        "On vqa (1,000 samples) the stock model scores 83.1 %; the best of 3 rows that keep at "
+        "most half: flowcut:72 keeps 50 % of the visual tokens (mean over layers) and shows no "
+        "clear difference (−0.2 points, −1.2 to +0.8); its first token takes 0.50× the stock "
+        "model's time."
     )
     assert "flowcut:36 keeps 25 %" in second
     assert "loses 10.0 points (9.0 to 11.0)" in second
@@ -200,9 +216,14 @@ def test_summary_in_words() -> None:
 def test_a_row_that_keeps_more_than_half_is_named_only_if_no_other_does_less() -> None:
     rows = [row("none", 0.9), row("a:100", 0.89, 0.9), row("b:36", 0.5, 0.9)]
     rows[1]["visual_tokens_mean"] = 100.0
-    assert headline(task("vqa", rows))["row"] == "b:36"
-    assert headline(task("vqa", rows[:2]))["row"] == "a:100"
-    assert headline(task("vqa", rows[:1])) is None
+    row_of, words = headline(task("vqa", rows))
+    assert (row_of["row"], words) == ("b:36", "the only one of 2 rows that keeps at most half")
+    row_of, words = headline(task("vqa", rows[:2]))
+    assert (row_of["row"], words) == ("a:100", "")
+    assert headline(task("vqa", rows[:1])) == (None, "")
+    rows[2]["visual_tokens_mean"] = 120.0
+    row_of, words = headline(task("vqa", rows))
+    assert (row_of["row"], words) == ("a:100", "the best of 2 rows")
 
 
 def test_caveats() -> None:
@@ -217,6 +238,43 @@ def test_caveats() -> None:
     assert "2 workers" in workers
     assert "Fewer than 30 samples: video" in small
     assert failed.startswith("1 answer failed and is left out")
+
+
+def test_few_clusters_are_few_samples() -> None:
+    made = usual()
+    made["tasks"][0] |= {"clusters": 12}
+    made["tasks"][1] |= {"samples": 40, "clusters": 40}
+    assert caveats(made) == [
+        "Fewer than 30 independent samples: vqa (1,000 samples in 12 clusters). Intervals of so "
+        "few are rough."
+    ]
+    made["tasks"][0] |= {"clusters": 30}
+    assert caveats(made) == []
+    made["tasks"][1] |= {"samples": 29, "clusters": 29}
+    assert caveats(made) == ["Fewer than 30 samples: video. Intervals of so few are rough."]
+
+
+def test_a_score_that_could_not_be_made_is_said_before_all_else(tmp_path: Path) -> None:
+    nothing = {"metrics": {"acc": {"value": None}}, "to_vanilla": None}
+    rows = [row("none", None, **nothing), row("a:36", None, **nothing), row("b:36", 0.4)]
+    found = {"where": "score", "type": "ValueError", "message": "metric acc is nan", "id": None}
+    failures = [{"row": label, **found} for label in ("none", "a:36")]
+    failures.append({"row": "none", **found, "metric": "f1", "message": "f1 is nan"})
+    failures.append({"row": "b:36", **found, "id": "s1", "message": "of one sample alone"})
+    made = report([task("vqa", rows, failures=failures)])
+    sentence = "vqa: none, a:36: answers are there, but no acc: ValueError: metric acc is nan"
+    assert unscored(made) == [sentence]
+    write_report(tmp_path, made)
+    markdown, words = (tmp_path / "report.md").read_text(encoding="utf-8"), page(tmp_path).text
+    for said in (markdown, words):
+        assert said.index("Scores are missing") < said.index(sentence)
+        assert said.index(sentence) < said.index("the stock model has no score")
+        assert "3 missing scores; 1 failed answer" in said
+    assert unscored(usual()) == []
+    # No sample finished: that is told by its failures.
+    assert unscored(report([task("vqa", [row("none", None, **NOTHING)])])) == []
+    unknown = report([task("vqa", [row("none", None, **nothing)])])
+    assert unscored(unknown)[0].endswith("no acc: the report holds no reason")
 
 
 def test_groups_and_overview() -> None:
@@ -330,6 +388,30 @@ def test_without_matplotlib_the_report_says_what_is_missing(
     assert "has no charts" in caplog.text
 
 
+def test_charts_that_fail_cost_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "accuracy_tokens.png").mkdir()  # cannot be replaced by a file
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("font <cache>")
+
+    monkeypatch.setattr("eval.report_html.chart_svg", broken)
+    files = write_report(tmp_path, usual())
+    names = ["report.json", "report.md", "report.html", "accuracy_ttft.png"]
+    assert [path.name for path in files] == names
+    said = "The chart accuracy_tokens.png is missing: MediaError"
+    markdown, words = files[1].read_text(encoding="utf-8"), page(tmp_path).text
+    assert said in words
+    assert said.replace("_", "\\_") in markdown
+    assert "(accuracy_tokens.png)" not in markdown
+    assert "(accuracy_ttft.png)" in markdown
+    assert said in caplog.text
+    for against in ("tokens", "ttft"):
+        sentence = f"The chart of vqa against {against} is missing: RuntimeError: font <cache>"
+        assert sentence in words
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunError, match="the report cannot be written"):
@@ -345,7 +427,7 @@ def test_reading_a_report(tmp_path: Path) -> None:
         ("\udcff", "is damaged, it is no JSON"),
         ("[]", "is no report of format 1"),
         ('{"format": 2}', "it says 2"),
-        ('{"format": 1, "runs": []}', "tasks missing"),
+        ('{"format": 1, "runs": []}', "tasks: is missing"),
     ):
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
         with pytest.raises(DataError, match=words):
@@ -354,16 +436,96 @@ def test_reading_a_report(tmp_path: Path) -> None:
             read_report(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one: one["tasks"][0].pop("run"), "tasks: 0: run: is missing"),
+        (lambda one: one["tasks"][1].pop("metric"), "tasks: 1: metric: is missing"),
+        (lambda one: one["tasks"][0].pop("rows"), "tasks: 0: rows: is missing"),
+        (lambda one: one["tasks"][0].update(run="../x"), "tasks: 0: run: "),
+        (lambda one: one["tasks"][0]["rows"][2].pop("row"), "tasks: 0: rows: 2: row: is missing"),
+        (lambda one: one["tasks"][0]["rows"].append(3), "tasks: 0: rows: 4: "),
+        (lambda one: one["tasks"][0]["rows"][0].update(kv_bytes="many"), "rows: 0: kv_bytes: "),
+        (lambda one: one["tasks"][0]["rows"][0].update(metrics={"acc": 0.5}), "metrics: acc: "),
+        (
+            lambda one: one["tasks"][0]["rows"][1]["to_vanilla"].update(interval=[0.1]),
+            "to_vanilla: interval: ",
+        ),
+        (lambda one: one["tasks"][0].update(failures=[{}]), "failures: 0: row: is missing"),
+        (lambda one: one.update(errors=[{"task": "vqa"}]), "errors: 0: message: is missing"),
+        (lambda one: one.update(seconds=float("nan")), "seconds: "),
+    ],
+)
+def test_a_damaged_report_is_refused_with_its_place(
+    tmp_path: Path, change: Callable[[dict], object], words: str
+) -> None:
+    made = usual()
+    change(made)
+    (tmp_path / "report.json").write_text(json.dumps(made), encoding="utf-8")
+    with pytest.raises(DataError, match=f"is damaged: .*{words}"):
+        read_report(tmp_path)
+
+
+def test_a_report_by_the_path_of_its_file(tmp_path: Path) -> None:
+    files = write_report(tmp_path, usual())
+    assert read_report(files[0]) == usual()
+    assert report_folder(files[0]) == report_folder(tmp_path) == tmp_path
+
+
 def test_provenance_says_each_value_once() -> None:
     facts = dict(provenance(usual()))
     assert facts["versions"] == "python 3.11.9, torch 2.13.0"
     assert facts["data"] == "vqa ba9876543210; video ba9876543210"
     assert facts["model"] == "hub/pocket"
+    assert "changed on resuming" not in facts
     assert facts["intervals"] == "95 %, wilson"
     assert "workers" not in facts
     mixed = usual()
     mixed["tasks"][1]["seed"] = 1
     assert dict(provenance(mixed))["seed"] == "0; 1"
+
+
+def test_provenance_names_what_changes_a_models_numbers() -> None:
+    made, settings = usual(), {"name": "pocket", "model": "hub/pocket", "dtype": None}
+    made["config"] = {"runs": [settings]}
+    assert dict(provenance(made))["model"] == "hub/pocket, float32"
+    for task_result in made["tasks"]:
+        task_result["hardware"] = {"device": "cuda"}
+    assert dict(provenance(made))["model"] == "hub/pocket, auto"
+    made["config"] = {
+        "runs": [{**settings, "dtype": "bfloat16", "quantization": "nf4"}, "not a run"]
+    }
+    assert dict(provenance(made))["model"] == "hub/pocket, bfloat16, nf4"
+    made["config"] = {"runs": 5}
+    assert "model" not in dict(provenance(made))
+
+
+def test_sessions_that_were_not_alike_are_said(tmp_path: Path) -> None:
+    made = usual()
+    made["tasks"][1] |= {"workers": 4, "mixed": ["threads", "workers"]}
+    facts = dict(provenance(made))
+    assert facts["workers"] == "4"
+    assert facts["changed on resuming"] == "video: threads, workers"
+    shared, mixed = caveats(made)
+    assert shared.startswith("4 workers ran side by side and shared the machine")
+    assert mixed == (
+        "video: answered in several sessions with other threads, workers: the figures, times and "
+        "memory above all, mix them."
+    )
+    write_report(tmp_path, made)
+    assert mixed in page(tmp_path).text
+
+
+def test_heads_of_folded_parts_are_html_not_markdown() -> None:
+    lines = folded("my_row *a* <b> & $x$", "| a |").splitlines()
+    assert lines[0] == (
+        "<details><summary>my_row *a* &lt;b&gt; &amp; <span>$</span>x<span>$</span></summary>"
+    )
+    assert lines[2] == "| a |"
+
+
+def test_dollars_are_no_formula() -> None:
+    assert text("costs $5 or $6") == "costs <span>$</span>5 or <span>$</span>6"
 
 
 def test_small_words() -> None:
@@ -380,3 +542,33 @@ def test_a_damaged_drawing_is_named_and_costs_nothing_else(tmp_path: Path) -> No
     (folder / "0000-a.json").write_text("{", encoding="utf-8")
     html = report_html(tmp_path, usual(), charts=False)
     assert "pocket/overlays/vqa/0000-a.json: the drawing cannot be read" in Page(html).text
+
+
+@pytest.mark.parametrize(
+    "side",
+    [
+        [],
+        7,
+        {"format": 2, "question": "", "target": None, "answers": {}, "panels": []},
+        {"format": 1},
+        {"format": 1, "question": None, "target": None, "answers": {}, "panels": []},
+        {"format": 1, "question": "", "target": None, "answers": [], "panels": []},
+        {"format": 1, "question": "", "target": None, "answers": {}, "panels": ["none"]},
+        {
+            "format": 1,
+            "question": "",
+            "target": None,
+            "answers": {},
+            "panels": [{"row": "none", "box": [0, 0, 21, 20], "tokens": ""}],
+        },
+    ],
+)
+def test_a_side_file_of_another_shape_costs_nothing_else(tmp_path: Path, side: object) -> None:
+    folder = tmp_path / "pocket" / "overlays" / "vqa"
+    folder.mkdir(parents=True)
+    (folder / "0000-a.json").write_text(json.dumps(side), encoding="utf-8")
+    Image.new("RGB", (20, 20)).save(folder / "0000-a.png")
+    write_report(tmp_path, usual())
+    words = page(tmp_path).text
+    assert "pocket/overlays/vqa/0000-a.json: the drawing cannot be read" in words
+    assert "the stock model scores" in words

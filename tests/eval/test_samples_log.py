@@ -145,6 +145,41 @@ def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     SamplesLog(path, HEADER, resume=True).close()
 
 
+def test_what_changed_between_runs_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    for workers in (0, 0, 2):
+        with SamplesLog(path, {**HEADER, "workers": workers, "threads": 1}, resume=True) as log:
+            mixed = log.header["mixed"]
+    assert mixed == read_records(path)[0]["mixed"] == ["workers"]
+
+
+@pytest.mark.parametrize("missing", ["format", "task", "config_sha", "data_sha", "rows"])
+def test_a_header_that_lacks_something(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "t.jsonl"
+    header = {"kind": "header", "format": 1, **HEADER}
+    del header[missing]
+    path.write_text(json.dumps(header) + "\n")
+    with pytest.raises(DataError, match="line 1"):
+        read_records(path)
+
+
+def test_lines_of_another_kind_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    SamplesLog(path, HEADER, resume=False).close()
+    whole = path.read_text()
+    for line in ('{"kind": "sampel", "row": "a", "id": "b", "ok": true}', '{"kind": "sample"}'):
+        path.write_text(f"{whole}{line}\n")
+        with pytest.raises(DataError, match="line 2: is damaged"):
+            read_records(path)
+
+
+def test_text_without_utf8_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    with SamplesLog(path, HEADER, resume=False) as log:
+        log.append([record("1", answer="\ud83d"), record("2", answer="ä")])
+    assert [one["answer"] for one in read_records(path)[1]] == ["\ud83d", "ä"]
+
+
 def test_a_full_disk_keeps_what_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,29 @@ def test_what_a_task_cannot_do_is_a_trouble_and_not_a_crash(
     assert not (tmp_path / "run").exists()
 
 
+def test_one_tasks_error_is_its_own(
+    tmp_path: Path, task: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Counted):
+        name = "second"
+
+    monkeypatch.setattr(worker, "find_tasks", lambda entry, include_path: [task, Second()])
+    real = worker.run_task
+
+    def failing(group: Group, one: Any, answers: Any) -> Any:
+        if one.name == "small":
+            raise ZeroDivisionError("in a library")
+        return real(group, one, answers)
+
+    monkeypatch.setattr(worker, "run_task", failing)
+    trouble, result = run_group(group(tmp_path))
+    assert isinstance(trouble, Trouble)
+    assert (trouble.run, trouble.task) == ("pocket", "small")
+    assert str(trouble.error) == "ZeroDivisionError: in a library"
+    assert isinstance(result, dict)
+    assert result["task"] == "second"
+
+
 def test_a_model_that_cannot_be_loaded_is_a_trouble(tmp_path: Path, task: Counted) -> None:
     one = group(tmp_path)
     model = one.job.model.model_copy(update={"model": str(tmp_path / "nowhere")})
