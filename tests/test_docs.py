@@ -19,7 +19,7 @@ from benchmarks.readme_tables import documents
 PAGES = [*documents(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 RUN = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
 # Folders that a page may name a file by its place in.
-FOLDERS = [ROOT, ROOT / "mmlm_efficient", ROOT / "mmlm_efficient" / "pocket"]
+FOLDERS = [ROOT, ROOT / "eval", ROOT / "mmlm_efficient", ROOT / "mmlm_efficient" / "pocket"]
 FOLDERS += [path for path in (ROOT / "mmlm_efficient").iterdir() if path.is_dir()]
 
 
