@@ -88,6 +88,7 @@ def task_result(
                 "methods": header["rows"][row.label],
                 "samples": len(row.finished),
                 "failed": len(row.failed),
+                "empty": sum(record.get("answer") == "" for record in row.finished),
                 "metrics": {
                     one: _metric(found[row.label], units[one]) for one, found in columns.items()
                 },
@@ -358,7 +359,7 @@ def _decode_rate(usages: Sequence[Mapping[str, Any]]) -> float | None:
     """Tokens after each sample's first, by the seconds of decoding; each batch counts once."""
     tokens = sum(max(0, usage["completion_tokens"] - 1) for usage in usages)
     seconds = math.fsum(usage["decode_s"] / usage["batch_size"] for usage in usages)
-    return _rounded(tokens / seconds, 3) if seconds > 0 else None
+    return _rounded(tokens / seconds, 3) if tokens and seconds > 0 else None
 
 
 def _most_common(sizes: Sequence[float]) -> float | None:

@@ -315,7 +315,11 @@ def _row(label: str | None, parts: tuple[_Part, ...], place: str, lenient: bool)
         try:
             methods.append(as_method({"name": part.name, **part.options}))
         except SettingsError as error:
-            hint = "" if not part.bare else f" Write {part.name}:0.25, or give budgets: [0.5, 0.25]"
+            hint = (
+                ""
+                if not part.bare
+                else f". Write {part.name}:0.25, or give budgets such as 0.5,0.25."
+            )
             raise SettingsError(f"{place}: {error}{hint}") from error
     try:
         check_methods(methods)

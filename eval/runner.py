@@ -38,7 +38,7 @@ from eval.worker import (
     samples_path,
     selected,
 )
-from mmlm_efficient.errors import MMLMError, ModelLoadError, RunError, SettingsError
+from mmlm_efficient.errors import DataError, MMLMError, ModelLoadError, RunError, SettingsError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import hardware, now_text, versions
 from mmlm_efficient.settings import refuse_unknown
@@ -264,6 +264,7 @@ def _folder(
                 f"--out {options.out}: holds a run already. Go on with it by --resume, or choose "
                 "another folder."
             )
+        _check_same_tasks(options, plan, groups)
         for group in groups:
             for task in (task for entry in group.entries for task in tasks[group.job.run, entry]):
                 path = samples_path(group, task)
@@ -277,6 +278,28 @@ def _folder(
         yield
     finally:
         os.close(lock)
+
+
+def _check_same_tasks(options: Options, plan: Path, groups: Sequence[Group]) -> None:
+    """A run that goes on may have further tasks, but none of its own may be missing.
+
+    Raises:
+        SettingsError: the folder's run is another one.
+    """
+    if not plan.exists():
+        return
+    try:
+        runs = json.loads(plan.read_text(encoding="utf-8"))["config"]["runs"]
+        before = {(run["name"], task) for run in runs for group in run["tasks"] for task in group}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{plan}: is damaged. Choose another --out.") from error
+    missing = before - {(group.job.run, entry) for group in groups for entry in group.entries}
+    if missing:
+        named = ", ".join(sorted(task for _, task in missing))
+        raise SettingsError(
+            f"--resume: {options.out} holds another run, with {named}. Name its tasks too, or "
+            "choose another --out."
+        )
 
 
 def _planned(jobs: Sequence[Job], options: Options) -> tuple[list[Group], list[Trouble]]:

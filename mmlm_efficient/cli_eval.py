@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from mmlm_efficient.cli_paths import check_folder
 from mmlm_efficient.errors import SettingsError
 
 if TYPE_CHECKING:
+    from eval.plan import EvalConfig
     from eval.runner import RunResult
 
 STOPPED = 130  # as shells say it of a command that Ctrl-C ended
@@ -63,7 +65,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Ids of single samples: 0007-list,0012; repeatable.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; without it, outputs/eval/NAME.")
+        Path | None, typer.Option(help="Folder of the run; without it, in outputs/eval.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")
@@ -126,7 +128,10 @@ def evaluate(
         return
     from eval.runner import Options, run_eval
 
-    target = Path(os.path.expanduser(out or Path("outputs/eval") / plan.name))
+    name = plan.name if config is not None else f"{plan.name}-{_first_task(plan)}"
+    target = Path(os.path.expanduser(out or Path("outputs/eval") / name))
+    if target.exists() and not target.is_dir():
+        raise SettingsError(f"--out {target}: is a file. Give a folder.")
     check_folder(f"--out {target}", target)
     options = Options(
         out=target,
@@ -136,6 +141,7 @@ def evaluate(
         ray_address=ray_address,
         threads=threads,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left running
     try:
         result = run_eval(plan, options)
     except KeyboardInterrupt:
@@ -147,6 +153,13 @@ def evaluate(
         _show(result)
     _tell_failures(result)
     raise typer.Exit(result.exit_code)
+
+
+def _first_task(plan: EvalConfig) -> str:
+    """What to call the folder of a run that has no name: its first task, and whether there are
+    more."""
+    entries = [entry for group in plan.jobs()[0].tasks for entry in group]
+    return entries[0] + ("-and-more" if len(entries) > 1 else "")
 
 
 def _refuse_options(context: typer.Context) -> None:
@@ -210,6 +223,12 @@ def _tell_failures(result: RunResult) -> None:
                 f"{first['row']} for sample {first['id']}: {first['type']}: {first['message']}. "
                 "--resume asks again."
             )
+        for row in task["rows"]:
+            if row["samples"] and row["empty"] > row["samples"] / 2:
+                _complain(
+                    f"{where}: row {row['row']} answered {row['empty']} of {row['samples']} "
+                    "samples with nothing. Does the prompt suit the model?"
+                )
     for trouble in result.troubles:
         _complain(", ".join(filter(None, [trouble.run, trouble.task])) + f": {trouble.error}")
 

@@ -161,6 +161,7 @@ def test_every_figure_by_hand() -> None:
         "methods": {},
         "samples": 4,
         "failed": 1,
+        "empty": 0,
         "metrics": {
             # 3 of 4. Wilson, z^2 / 4 = 0.960365: middle (0.75 + 0.480183) / 1.960365 = 0.627528,
             # half width 1.959964 sqrt(0.046875 + 0.060023) / 1.960365 = 0.326885.
@@ -206,6 +207,7 @@ def test_every_figure_by_hand() -> None:
         "methods": FLOWCUT,
         "samples": 4,
         "failed": 1,
+        "empty": 0,
         "metrics": {
             # 2 of 4: 0.5 +- 1.959964 sqrt(0.0625 + 0.060023) / 1.960365.
             "acc": {
@@ -253,6 +255,7 @@ def test_every_figure_by_hand() -> None:
         "methods": {"name": "fastv"},
         "samples": 0,
         "failed": 1,
+        "empty": 0,
         "metrics": {
             name: {"value": None, "interval": None, "interval_kind": None}
             for name in ("acc", "total")

@@ -243,3 +243,14 @@ def _die() -> tuple[Any, ...]:
     if "ray::" in Path("/proc/self/cmdline").read_text():
         os.kill(os.getpid(), signal.SIGKILL)
     return ()
+
+
+def test_a_folder_of_other_tasks_is_not_gone_on_with(tmp_path: Path) -> None:
+    make_task(tmp_path / "tasks", "good")
+    make_task(tmp_path / "tasks", "other")
+    out = tmp_path / "out"
+    run(tmp_path / "tasks", out, "good")
+    with pytest.raises(SettingsError, match="holds another run, with good"):
+        run(tmp_path / "tasks", out, "other", resume=True)
+    both = run(tmp_path / "tasks", out, "good", "other", resume=True)
+    assert [task["task"] for task in both.report["tasks"]] == ["good", "other"]
