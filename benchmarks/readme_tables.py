@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from benchmarks import var_tables
 from benchmarks.common import RESULTS, ROOT, read_json
 from mmlm_efficient.families import FAMILIES
 from mmlm_efficient.files import write_text
@@ -333,6 +334,26 @@ def flowcut_bench() -> str:
     return "\n".join(parts)
 
 
+def var_attention() -> str:
+    """Time and memory of VAR beside SDPA and eager VAR."""
+    return _of_result("var_attention", var_tables.attention)
+
+
+def pocket_var() -> str:
+    """Accuracy of pocket with and without VAR."""
+    return _of_result("pocket_var", var_tables.pocket)
+
+
+def _of_result(name: str, made: Callable[[Mapping[str, Any]], var_tables.Table]) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return ""
+    result = read_json(path)
+    table = made(result)
+    note = f"\n{table.note} {machine_line(result)}; from `{_shown(path)}`.\n"
+    return _table(table.head, table.rows) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "method_facts": method_facts,
@@ -344,6 +365,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods_cost": methods_cost,
     "calibration_bench": calibration_bench,
     "flowcut_bench": flowcut_bench,
+    "var_attention": var_attention,
+    "pocket_var": pocket_var,
     **{f"{name}_settings": functools.partial(method_settings, name) for name in METHODS},
 }
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mmlm_efficient.pruning.vispruner import VisPruner as VisPruner
     from mmlm_efficient.settings import Config as Config
     from mmlm_efficient.settings import load_config as load_config
+    from mmlm_efficient.sinks.var import VAR as VAR
     from mmlm_efficient.tokens import ImageReport as ImageReport
     from mmlm_efficient.tokens import PruningReport as PruningReport
     from mmlm_efficient.video.reader import Video as Video
@@ -76,6 +77,7 @@ _HOMES = {
     "UniformPruning": "pruning.uniform_pruning",
     "UnsupportedError": "errors",
     "Usage": "answers",
+    "VAR": "sinks.var",
     "VFlowOpt": "pruning.vflowopt",
     "Video": "video.reader",
     "VisPruner": "pruning.vispruner",

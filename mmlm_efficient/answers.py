@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -62,7 +62,7 @@ class Answer:
     Attributes:
         text: the generated text, without special tokens and surrounding blanks.
         usage: tokens, bytes and seconds.
-        report: which visual tokens were kept, per image and station.
+        report: which visual tokens were kept, per image and station, and what VAR did if asked.
         finish_reason: "stop" (the model ended), "length" (max_new_tokens or the context is used
             up) or "cancelled" (a stream was closed early).
     """
@@ -76,7 +76,8 @@ class Answer:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """What a script reads from `mmlm ask --json`: text, usage and the kept patches."""
+        """What a script reads from `mmlm ask --json`: text, usage, the kept patches, and what VAR
+        did in each layer if `return_stats` asks for it."""
         images = [
             {
                 "image": image.image,
@@ -93,6 +94,7 @@ class Answer:
             "methods": list(self.report.methods),
             "usage": self.usage.to_dict(),
             "images": images,
+            "redistribution": [layer.to_dict() for layer in self.report.redistribution],
         }
 
 
@@ -153,7 +155,13 @@ class Run:
             tokens_per_s=(len(ids) - 1) / self.decode_s if len(ids) > 1 else 0.0,
         )
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        report = PruningReport(images, self.report.seconds, self.report.methods)
+        # Of tokens behind the end, which a batch runs on with, nothing is reported.
+        layers = tuple(
+            replace(layer, decoded=layer.decoded[: max(0, len(ids) - 1)])
+            for layer in self.report.redistribution
+            if layer.sample == sample
+        )
+        report = PruningReport(images, self.report.seconds, self.report.methods, layers)
         return Answer(text, usage, report, finish)
 
     def _until_end(self, new_ids: Sequence[int]) -> tuple[list[int], bool]:

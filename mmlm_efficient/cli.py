@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mmlm_efficient.answers import Answer
     from mmlm_efficient.families.base import Fit
     from mmlm_efficient.model import EfficientLMM
+    from mmlm_efficient.pruning.base import Method
     from mmlm_efficient.settings import Config
     from mmlm_efficient.video import Video
 
@@ -135,7 +136,11 @@ def ask(
     as_json: Json = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print while generating.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="PNG file: draw which patches of the images were kept.")
+        Path | None,
+        typer.Option(
+            help="PNG file: draw which patches of the images were kept; with --method var, the "
+            "attention sinks (beside other methods in FILE_sinks.png)."
+        ),
     ] = None,
 ) -> None:
     """Ask one question about one or several pictures, or a video."""
@@ -152,6 +157,8 @@ def ask(
     given["vision_tower"] = vision_tower
     budget = {"keep_tokens": keep_tokens, "keep_ratio": keep_ratio}
     settings = _settings(config, given, _methods(method, budget, method_settings))
+    if plot is not None:
+        settings = settings.model_copy(update={"methods": _drawable(settings.methods)})
     options: dict[str, Any] = {**settings.generation, **_generation(generation)}
     options |= {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
     options |= {"seed": seed} if seed is not None else {}
@@ -267,6 +274,16 @@ def _clip(path: Path, frames: int | None, lmm: EfficientLMM) -> Video:
     return load_video(path, sampling)
 
 
+def _drawable(methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    """The methods, with what a drawing needs to know switched on."""
+    return tuple(
+        one.model_copy(update={"return_stats": True})
+        if "return_stats" in type(one).model_fields
+        else one
+        for one in methods
+    )
+
+
 def _draw(answer: Answer, images: list[Path], clip: Video | None, path: Path, fit: Fit) -> None:
     from mmlm_efficient.plot_grids import is_video
     from mmlm_efficient.plots import Panel, kept_tokens_panel
@@ -275,9 +292,20 @@ def _draw(answer: Answer, images: list[Path], clip: Video | None, path: Path, fi
     shown: list[Any] = list(images)
     if clip is not None:  # one video, or as many pictures as it has frames
         shown += [clip] if is_video(reports[-1]) else clip.frames
-    panels = [Panel(one, report, fit=fit) for one, report in zip(shown, reports, strict=True)]
-    kept_tokens_panel(panels, path, ", ".join(answer.report.methods) or "nothing pruned")
-    Console(stderr=True).print(f"drew {path}", style="dim")
+    names = ", ".join(answer.report.methods) or "nothing pruned"
+    sinks = path
+    if not answer.report.redistribution or set(answer.report.methods) - {"var", "none"}:
+        panels = [Panel(one, report, fit=fit) for one, report in zip(shown, reports, strict=True)]
+        kept_tokens_panel(panels, path, names)
+        Console(stderr=True).print(f"drew {path}", style="dim")
+        sinks = path.with_stem(f"{path.stem}_sinks")
+    if answer.report.redistribution:
+        from mmlm_efficient.sinks.plots import attention_panel
+
+        for place, one in enumerate(shown):
+            target = sinks.with_stem(f"{sinks.stem}_{place + 1}") if place else sinks
+            attention_panel(one, answer.report, target, names, image=place, fit=fit)
+            Console(stderr=True).print(f"drew {target}", style="dim")
 
 
 def _quiet_transformers(model: str) -> None:

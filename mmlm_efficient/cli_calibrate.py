@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from mmlm_efficient.cli_paths import check_folder
+from mmlm_efficient.cli_paths import check_folder, reason
 from mmlm_efficient.errors import MMLMError, SettingsError, require_extra
 
 app = typer.Typer(
@@ -151,9 +151,139 @@ def _layers(text: str | None) -> tuple[int, int] | None:
 
 
 def _check_target(target: Path) -> None:
-    """Refuse now what could not be written after the search."""
+    """Refuse now what could not be written after the work."""
     if target.suffix.lower() not in (".yaml", ".yml"):
         raise SettingsError(f"--out {target}: must end in '.yaml'.")
     if target.is_dir():
         raise SettingsError(f"--out {target}: is a folder. Give the path of a YAML file.")
     check_folder(f"--out {target}", target.parent)
+
+
+# -- sinks -----------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Example: mmlm calibrate sinks --model llava-hf/llava-1.5-7b-hf --images pictures/ "
+    "--device cuda"
+)
+def sinks(
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Folder of pictures (with or without a questions.jsonl), a .jsonl file of images "
+            "and questions, or 'pocket' for its calibration scenes."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub id.")] = "pocket",
+    out: Annotated[
+        Path | None, typer.Option(help="Profile to write (YAML); a PNG lies beside it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Prompts to look at; 32 or more.")] = 32,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least |x| / RMS(x) of a sink; 20 for wide models by default."),
+    ] = None,
+    dims: Annotated[
+        str | None,
+        typer.Option(help="Dimensions to check instead of searching some, such as 1415,2533."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 42,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Find the hidden dimensions in which a model's attention sinks are massive, for VAR."""
+    chosen = _dims(dims)
+    name = model.rstrip("/").rpartition("/")[2]
+    target = Path(os.path.expanduser(out or Path(f"outputs/sinks-{name}.yaml")))
+    _check_target(target)
+    _check_own(target)
+    picture = target.with_suffix(".png")
+    require_extra("matplotlib", "plots")
+
+    from mmlm_efficient.calibration.data import find_samples
+
+    found = find_samples(images, samples, seed)
+
+    import torch
+
+    from mmlm_efficient.calibration.sinks import calibrate_sinks
+    from mmlm_efficient.calibration.sinks_plot import plot_sinks
+    from mmlm_efficient.loading import load
+    from mmlm_efficient.plots import write_png
+    from mmlm_efficient.sinks.profiles import write_profile
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with load(model, device=device, dtype=dtype) as lmm:
+        result = calibrate_sinks(lmm, found, threshold=threshold, dims=chosen)
+    try:
+        drawn = plot_sinks(result)
+        write_profile(result.profile, target)
+        write_png(picture, drawn)
+    except OSError as error:  # such as a full disk
+        raise MMLMError(f"--out {target}: cannot be written ({reason(error)}).") from error
+    profile = result.profile
+    summary: dict[str, Any] = {
+        "profile": str(target),
+        "picture": str(picture),
+        "samples": len(found),
+        **profile.model_dump(
+            mode="json",
+            include={
+                "model",
+                "dims",
+                "threshold",
+                "visual_only",
+                "attention_ratio",
+                "warnings",
+                "layers",
+            },
+        ),
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+        return
+    ratio = profile.attention_ratio
+    sys.stdout.write(
+        f"sink dimensions {', '.join(map(str, profile.dims))} at the threshold "
+        f"{profile.threshold:.4g}, {len(found)} prompts\n"
+        f"attention to visual sinks over other visual tokens: "
+        f"{'unknown' if ratio is None else f'{ratio:.3g}'}\n"
+        + "".join(f"warning: {warning}\n" for warning in profile.warnings)
+        + f"written: {target}, {picture}\n"
+        f"use it: VAR(sink_dims={str(target)!r})\n"
+    )
+
+
+def _dims(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"--dims {text}: write numbers with commas, such as 1415,2533.")
+    return [int(part) for part in parts]
+
+
+def _check_own(target: Path) -> None:
+    """Refuse to overwrite a file that is no sink profile, and a picture that is not its own."""
+    picture = target.with_suffix(".png")
+    if not target.exists():
+        if picture.exists():
+            raise SettingsError(
+                f"--out {target}: its picture would overwrite {picture}, which belongs to no sink "
+                "profile. Give another path, or remove that file."
+            )
+        return
+    from mmlm_efficient.sinks.profiles import named_profile
+
+    try:
+        named_profile(str(target))
+    except SettingsError as error:
+        raise SettingsError(
+            f"--out {target}: exists and is no sink profile, so it is not overwritten. Give "
+            "another path, or remove the file."
+        ) from error
+    if picture.is_dir():
+        raise SettingsError(f"--out {target}: {picture}, for its picture, is a folder.")

@@ -83,7 +83,7 @@ class Settings:
             )
 
     def check_one_prompt(self) -> None:
-        """Refuse a second prompt beside one that is pruned inside the language model.
+        """Refuse a second prompt beside one that methods change inside the language model.
 
         Raises:
             UnsupportedError: guidance_scale.
@@ -92,9 +92,9 @@ class Settings:
         if scale is not None and scale != 1:
             raise UnsupportedError(
                 f"guidance_scale={scale!r} runs a second, unconditional prompt through the model, "
-                "and pruning inside the language model (or position_ids='original' without a "
-                "cache) would take it for the first. Leave it out, or prune before the language "
-                "model only (mmlm methods tells which methods do)."
+                "and methods inside the language model (or position_ids='original' without a "
+                "cache) would take it for the first. Leave it out, or use only methods that "
+                "prune before the language model only (mmlm methods tells which do)."
             )
 
     def arguments(self, removed: int, tokenizer: Any = None, **own: Any) -> dict[str, Any]:

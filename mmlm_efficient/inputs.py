@@ -1,8 +1,8 @@
-"""Which model inputs can be pruned, and where the images are in their prompts.
+"""Which model inputs methods can work on, and where the images are in their prompts.
 
-What pruning cannot follow (a filled cache, features instead of pixels, another feature layer, a
-mask of another form) is the stock model's to run where there is nothing to prune, and refused by
-its name where there is.
+What methods cannot follow (a filled cache, features instead of pixels, another feature layer, a
+mask of another form) is the stock model's to run where there is nothing for them to do, and refused
+by its name where there is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def behind(own_ids: Tensor, new_ids: Tensor) -> Tensor:
 
 
 def needs_stock(family: Family, inputs: Mapping[str, Any], methods: Sequence[Method]) -> bool:
-    """Whether only the stock model can run the inputs; refused if methods are to prune images.
+    """Whether only the stock model can run the inputs; refused if methods have images to work on.
+
+    A filled cache may hold images: methods that change attention refuse it whatever is shown.
 
     Args:
         family: of the model.
@@ -69,34 +71,36 @@ def needs_stock(family: Family, inputs: Mapping[str, Any], methods: Sequence[Met
     shows_images = any(name in inputs for name in (*family.consumed, "mm_encoder_outputs")) or any(
         bool((ids == one).any()) for one in family.placeholders.values()
     )
+    working = any(isinstance(one, PruningMethod) or one.owned_stations for one in methods)
+    attending = any("attention" in one.owned_stations for one in methods)
     try:
-        _check_prunable(family, inputs)
+        _check_followed(family, inputs)
     except MMLMError:
-        if shows_images and any(isinstance(method, PruningMethod) for method in methods):
+        if (working and shows_images) or (attending and _cached(inputs)):
             raise
         return True
     return False
 
 
-def _check_prunable(family: Family, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs that pruning cannot follow, each by its name."""
-    stock = "or give methods=() to run the model unpruned"
+def _check_followed(family: Family, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that methods cannot follow, each by its name."""
+    stock = "or give methods=() to run the stock model"
     if cached := _cached(inputs):
         raise UnsupportedError(
-            f"past_key_values: holds {cached} tokens already. Images in it cannot be pruned any "
-            "more, and new ones only in a prompt that starts with an empty cache: leave it out "
-            f"and give the whole conversation with its pixel_values, {stock}."
+            f"past_key_values: holds {cached} tokens already. Methods see images only in a prompt "
+            "that starts with an empty cache: leave it out and give the whole conversation with "
+            f"its pixel_values, {stock}."
         )
     for name in ("mm_encoder_outputs", "inputs_embeds"):
         if name in inputs:
             raise UnsupportedError(
-                f"{name}: holds what the vision tower made of the images, but pruning runs the "
-                f"tower itself. Give pixel_values and input_ids instead, {stock}."
+                f"{name}: holds what the vision tower made of the images, but with methods the "
+                f"tower runs here. Give pixel_values and input_ids instead, {stock}."
             )
     for name, value in family.feature_arguments.items():
         if name in inputs and inputs[name] != value:
             raise UnsupportedError(
-                f"{name}: pruned images have the features that the model's config names "
+                f"{name}: with methods, images have the features that the model's config names "
                 f"({name}={value!r}), and this call asks for others. Leave it out, set it in the "
                 f"config before the EfficientLMM is made, {stock}."
             )

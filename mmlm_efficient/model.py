@@ -458,8 +458,10 @@ class EfficientLMM:
     ) -> Any:
         """Step 4: transformers' own generate() on a prompt that lost so many tokens."""
         settings.check_device(self.model.device)
-        if prepared.cuts_layers or (
-            prepared.watches_layers and settings.value("use_cache") is False
+        if (
+            prepared.cuts_layers
+            or prepared.changes_attention
+            or (prepared.watches_layers and settings.value("use_cache") is False)
         ):
             settings.check_one_prompt()
         tokenizer = getattr(self.processor, "tokenizer", None)

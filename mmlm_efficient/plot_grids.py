@@ -138,7 +138,7 @@ def drawing(
         painted = paint(Cells(grid.index, base, cell))
         lined = _with_lines(painted, kept[grid.index], cell)
         parts.append(np.concatenate([lined, *_newline_column(grid.newlines, kept, cell)], axis=1))
-    return _strip(parts, FRAMES_PER_ROW)
+    return strip(parts, FRAMES_PER_ROW)
 
 
 def is_video(report: ImageReport) -> bool:
@@ -213,7 +213,7 @@ def _newline_column(newlines: npt.NDArray[np.int64], kept: Mask, cell: int) -> l
     return [column.reshape(-1, *column.shape[2:])]
 
 
-def _strip(parts: Sequence[Pixels], columns: int) -> Pixels:
+def strip(parts: Sequence[Pixels], columns: int) -> Pixels:
     """Pictures side by side on white, in rows of so many."""
     if len(parts) == 1:
         return parts[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ from mmlm_efficient.inputs import needs_stock, uncut_layout
 from mmlm_efficient.names import model_name
 from mmlm_efficient.pruning.base import LayerJob, Method, PruningMethod
 from mmlm_efficient.reports import CropRuns, image_report
+from mmlm_efficient.stations.attention import AttentionRequest, AttentionStation
 from mmlm_efficient.stations.bridge import (
     IGNORED_LABEL,
     PaddingSide,
@@ -75,6 +76,8 @@ class LMMParts:
             else TowerStation(tower)
         )
         self.layer = LayerStation(self.family.decoder)
+        # Behind the layer station: its cuts decide what enters a layer's attention.
+        self.attention = AttentionStation(self.family.decoder)
         self.image_stats = image_stats
         self.identity: Identity = self.family.identity(model_name(model, name))
 
@@ -82,6 +85,7 @@ class LMMParts:
         """Remove all hooks: the model is stock again. Safe to call twice."""
         self.tower.close()
         self.layer.close()
+        self.attention.close()
 
     def check_open(self) -> None:
         """Refuse to work after `close`.
@@ -156,8 +160,8 @@ def check_family(
             )
         if isinstance(method, PruningMethod):
             method.positions(family.axes)
-            if identity is not None:
-                method.check_model(identity)
+        if identity is not None:
+            method.check_model(identity, family)
     _check_positions([m for m in methods if isinstance(m, PruningMethod)], family.axes)
 
 
@@ -180,6 +184,7 @@ class Prepared:
     _n_crops: tuple[int, ...] = ()
     _kinds: tuple[Any, ...] = ()
     _request: LayerRequest | None = None
+    _attention: AttentionRequest | None = None
     _run: TowerRun | None = None
     _span: Span | None = None
     _prune_s: float = 0.0
@@ -198,21 +203,27 @@ class Prepared:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Switch the decoder-layer station on for this request, in this thread.
+        """Switch the stations inside the decoder on for this request, in this thread.
 
         Run every forward of the request inside one ``with`` block. One generation at a time:
         a second prefill starts the request again.
         """
-        if self._request is None:
-            yield
-            return
-        with self.parts.layer.active(self._request):
+        with ExitStack() as stack:
+            if self._request is not None:
+                stack.enter_context(self.parts.layer.active(self._request))
+            if self._attention is not None:
+                stack.enter_context(self.parts.attention.active(self._attention))
             yield
 
     @property
     def cuts_layers(self) -> bool:
         """Whether tokens are cut inside the language model: logits are then fewer than inputs."""
         return self._request is not None and bool(self._request.cuts)
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether attention inside the language model is changed."""
+        return self._attention is not None
 
     @property
     def watches_layers(self) -> bool:
@@ -251,7 +262,14 @@ class Prepared:
                 zip(self.tokens, samples_of(self.layout, len(self.tokens)), strict=True)
             )
         )
-        return PruningReport(images, seconds, tuple(method.name for method in self.methods))
+        return PruningReport(
+            images=images,
+            seconds=seconds,
+            methods=tuple(method.name for method in self.methods),
+            redistribution=()
+            if self._attention is None
+            else self._attention.report(self.tokens, self.layout),
+        )
 
     def _crops(self, image: int) -> CropRuns | None:
         """The tower runs of an image, where patches were cut in them."""
@@ -328,6 +346,7 @@ def prepare(
         _encode(prepared, visuals, encoded)
         _shorten(prepared)
         _plan_layers(prepared)
+        _plan_attention(prepared)
     _check_context(prepared)
     return prepared
 
@@ -437,6 +456,23 @@ def _plan_layers(prepared: Prepared) -> None:
         and bool(prepared.layout.removed.any()),
     )
     prepared._request = None if request.idle else request
+
+
+def _plan_attention(prepared: Prepared) -> None:
+    """Station "attention": what changes inside the language model's attention, if anything."""
+    owners = [one for one in prepared.methods if "attention" in one.owned_stations]
+    if not owners:
+        return
+    parts, layers = prepared.parts, prepared._request
+    parts.attention.check_backend()
+    # As at the layer station, "uncut" means the prompt as the decoder gets it.
+    entering = prepared.layout
+    layout = PromptLayout.of(entering.mask, entering.blocks, entering.padding_side)
+
+    def running() -> PromptLayout:
+        return layout if layers is None else layers.running_layout
+
+    prepared._attention = owners[0].attention_request(parts.family, parts.identity, running)
 
 
 def _check_context(prepared: Prepared) -> None:

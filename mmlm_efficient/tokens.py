@@ -185,6 +185,83 @@ class ImageReport:
 
 
 @dataclass(frozen=True)
+class ImageAttention:
+    """Attention that the last token of a prompt gives to one image in one decoder layer.
+
+    Attributes:
+        index: int64 [N] on the CPU, the image's tokens in this layer as indices among its unpruned
+            tokens, each merged token as the one that carries it; :data:`CLS_INDEX` for CLS.
+        sink: bool [N], which of them are sinks.
+        before, after: float32 [heads, N], shares of the row, without VAR and with it.
+    """
+
+    index: Tensor
+    sink: Tensor
+    before: Tensor
+    after: Tensor
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """Indices of the sinks, ascending."""
+        return tuple(sorted(self.index[self.sink].tolist()))
+
+
+@dataclass(frozen=True)
+class LayerRedistribution:
+    """What VAR did in one decoder layer of one prompt; see `VAR.return_stats`.
+
+    Attributes:
+        sample: position of the prompt in the batch.
+        layer: decoder layer.
+        images: by position of the image in the request.
+        text_sinks: places of text sinks in the prompt as it entered the language model, padding
+            not counted.
+        rows: text tokens of the prompt behind its first visual token, whose rows might change.
+        changed: for each head, how many of those rows changed.
+        moved: attention that changed hands in a changed row, mean, a share of the row.
+        gain: largest factor of a visual token that is no sink; 1 when nothing changed.
+        decoded: for each generated token that ran (all but the last), heads whose row changed;
+            empty with beams.
+    """
+
+    sample: int
+    layer: int
+    images: Mapping[int, ImageAttention]
+    text_sinks: tuple[int, ...]
+    rows: int
+    changed: tuple[int, ...]
+    moved: float
+    gain: float
+    decoded: tuple[int, ...] = ()
+
+    @property
+    def sinks(self) -> dict[int, tuple[int, ...]]:
+        """Indices of the visual sinks by image."""
+        return {image: one.sinks for image, one in self.images.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the maps: of them the mean attention to sinks and to other tokens."""
+        shares = {}
+        for name in ("before", "after"):
+            maps = [(getattr(one, name).mean(dim=0), one.sink) for one in self.images.values()]
+            shares[name] = {
+                "sinks": sum(float(row[sink].sum()) for row, sink in maps),
+                "others": sum(float(row[~sink].sum()) for row, sink in maps),
+            }
+        return {
+            "layer": self.layer,
+            "sinks": {str(image): list(sinks) for image, sinks in self.sinks.items()},
+            "text_sinks": list(self.text_sinks),
+            "rows": self.rows,
+            "changed": list(self.changed),
+            "moved": self.moved,
+            "gain": self.gain,
+            "decoded": list(self.decoded),
+            "last_token_attention": shares,
+        }
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """What one request did to its images.
 
@@ -194,11 +271,14 @@ class PruningReport:
             device's own clock, which no request waits for) and "prune_s" (host seconds of all
             scoring and cutting, that inside the tower included).
         methods: names of the methods of the request.
+        redistribution: what VAR did with `return_stats`: of each prompt with images, one entry per
+            decoder layer that it may change; otherwise empty.
     """
 
     images: tuple[ImageReport, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
+    redistribution: tuple[LayerRedistribution, ...] = ()
 
 
 def kept_patches(index: Tensor) -> Tensor:

@@ -77,6 +77,41 @@ def test_ask_about_several_images_with_a_plot(
     assert Image.open(plot).size[0] > 100
 
 
+VAR = ("--method", "var", SET, "sink_dims=[3, 11]", SET, "sink_threshold=1.2")
+VAR += (SET, "min_nonsink_ratio=0.2", SET, "min_image_mass=0.0", SET, "first_layer=1")
+
+
+def test_ask_with_var(mmlm: Run, model: Path, image: Path, tmp_path: Path) -> None:
+    common = ("ask", "--model", model, "--image", image, *QUESTION, *VAR, "--json")
+    assert json.loads(mmlm(*common).out)["redistribution"] == []
+    one = json.loads(mmlm(*common, SET, "return_stats=true").out)
+    assert [layer["layer"] for layer in one["redistribution"]] == [1, 2]
+    # A plot switches the report on, and shows the sinks.
+    plot = tmp_path / "sinks.png"
+    drawn = mmlm(*common, "--image", image, "--plot", plot)
+    layers = json.loads(drawn.out)["redistribution"]
+    assert set(layers[0]["sinks"]) == {"0", "1"}
+    assert sum(layers[0]["changed"]) > 0
+    second = plot.with_name("sinks_2.png")
+    assert f"drew {second}" in drawn.err.replace("\n", "")
+    assert Image.open(plot).size == Image.open(second).size
+
+
+def test_var_beside_pruning_draws_two_pictures(
+    mmlm: Run, image: Path, tmp_path: Path, model: Path
+) -> None:
+    config = tmp_path / "both.yaml"
+    settings = "sink_dims: [3, 11], sink_threshold: 1.2, min_image_mass: 0.0, first_layer: 1"
+    config.write_text(f"methods: [random:0.5, {{name: var, {settings}}}]\n")
+    plot = tmp_path / "kept.png"
+    shown = ("--model", model, "--image", image, *QUESTION, "--plot", plot, "--json")
+    answer = json.loads(mmlm("ask", "--config", config, *shown).out)
+    assert answer["methods"] == ["random", "var"]
+    assert set(answer["redistribution"][0]["sinks"]["0"]) <= set(answer["images"][0]["kept"])
+    assert plot.is_file()
+    assert plot.with_name("kept_sinks.png").is_file()
+
+
 def test_ask_about_a_video(mmlm: Run, model: Path, tmp_path: Path) -> None:
     clip, plot = write_clip(tmp_path / "clip.mp4", 12), tmp_path / "kept.png"
     common = ("ask", "--model", model, "--video", clip, *QUESTION, "--method", "uniform:4")
@@ -259,6 +294,9 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--method", "none", SET, "seed=3"), 2, "takes no settings, got 'seed'"),
         (("--method", "flowcut:4", SET, "llm_prune_layer=1"), 2, "belong together"),
         (("--method", "flowcat:4", SET, "relay=cls"), 2, "did you mean 'flowcut'"),
+        (("--method", "var"), 2, "mmlm calibrate sinks --model"),
+        (("--method", "var:0.5"), 2, "var takes no budget"),
+        (("--method", "var", "--keep-tokens", 4), 2, "unknown setting 'keep_tokens'"),
         (("--seed", "9" * 23), 2, "seed must be a whole number"),
         (("--seed", -1), 2, "seed must be a whole number"),
         (("--set", "top_k=[1"), 2, "not valid YAML"),
@@ -330,6 +368,8 @@ def test_methods(mmlm: Run) -> None:
     assert rows["flowcut"]["stations"] == ["tower", "layer"]
     assert rows["none"]["families"] == "all"
     assert "seed" in rows["random"]["options"]
+    assert rows["var"]["stations"] == ["attention"]
+    assert not {"keep_tokens", "keep_ratio"} & set(rows["var"]["options"])
 
 
 def test_models(mmlm: Run) -> None:

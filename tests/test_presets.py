@@ -7,6 +7,7 @@ import re
 import pytest
 
 from mmlm_efficient import (
+    VAR,
     DivPrune,
     FastV,
     FlowCut,
@@ -23,6 +24,14 @@ from mmlm_efficient.pruning.vflowopt_profiles import named_profile
 from mmlm_efficient.settings import preset_names
 
 PUBLISHED: dict[str, Method] = {
+    "var-llava15": VAR(min_nonsink_ratio=0.8, task_preset="general"),
+    "var-llava15-hallucination": VAR(min_nonsink_ratio=0.5, task_preset="hallucination"),
+    "var-llava15-released": VAR(
+        min_nonsink_ratio=0.5,
+        redistribute_fraction=0.4,
+        skip_last_layer=False,
+        task_preset="released_config",
+    ),
     "visionzip-llava15-192": VisionZip(keep_tokens=192, contextual_tokens=30),
     "visionzip-llava15-128": VisionZip(keep_tokens=128, contextual_tokens=20),
     "visionzip-llava15-64": VisionZip(keep_tokens=64, contextual_tokens=10),

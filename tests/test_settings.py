@@ -198,6 +198,12 @@ def test_presets_are_all_valid() -> None:
     assert load_config("flowcut-llava15-64").methods == (FlowCut(keep_tokens=64),)
 
 
+@pytest.mark.parametrize("budget", ["0.5", "64"])
+def test_var_takes_no_budget(budget: str) -> None:
+    with refuse("'var:", "var takes no budget", "Write 'var' alone"):
+        parse_method(f"var:{budget}")
+
+
 def test_unknown_preset() -> None:
     with refuse("'flowcut-llava15-65'", "neither a file nor a preset", "flowcut-llava15-64"):
         load_config("flowcut-llava15-65")

@@ -66,6 +66,7 @@ class DecoderParts:
         heads: query heads; kv_heads: key and value heads; head_dim: width of a head.
         sliding: for each layer, whether its attention uses the sliding-window mask.
         head: the model whose forward takes labels for the decoder's logits, if there is one.
+        module: the text model itself, whose `set_attn_implementation` reaches its attention alone.
     """
 
     layers: Sequence[nn.Module]
@@ -79,6 +80,7 @@ class DecoderParts:
     head_dim: int
     sliding: tuple[bool, ...]
     head: nn.Module | None = None
+    module: Any = None
 
 
 @dataclass(frozen=True)

@@ -173,4 +173,5 @@ def decoder_parts(language_model: nn.Module, head: nn.Module | None = None) -> D
         head_dim=int(attentions[0].head_dim),
         sliding=sliding,
         head=head,
+        module=language_model,
     )

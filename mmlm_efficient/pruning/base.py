@@ -21,6 +21,8 @@ from torch import Tensor
 from mmlm_efficient.errors import SettingsError, nearest
 from mmlm_efficient.families.base import Family, Identity, Visual
 from mmlm_efficient.pruning.observed import Crop, Observed, Sight
+from mmlm_efficient.stations.attention import AttentionRequest
+from mmlm_efficient.stations.bridge import PromptLayout
 from mmlm_efficient.stations.layer_rows import LayerCut
 from mmlm_efficient.stations.tower import TowerPass
 from mmlm_efficient.tokens import VisualTokens
@@ -60,6 +62,31 @@ class Method(BaseModel):
     def owned_stations(self) -> tuple[Station, ...]:
         """Stations where the method decides something with these settings."""
         return self.stations
+
+    def check_model(self, identity: Identity, family: Family) -> None:
+        """Refuse settings that do not fit the model, whatever its images are.
+
+        Called as soon as method and model are known, and again before every request.
+
+        Args:
+            identity: which model it is.
+            family: of the model.
+
+        Raises:
+            SettingsError: they do not fit.
+        """
+
+    def attention_request(
+        self, family: Family, identity: Identity, layout: Callable[[], PromptLayout]
+    ) -> AttentionRequest | None:
+        """Station "attention": the work of one request inside the decoder's attention.
+
+        Args:
+            family: of the model.
+            identity: which model it is.
+            layout: gives the prompts as they enter the layer that runs now.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -258,18 +285,6 @@ class PruningMethod(Method):
     def layer_positions(self, axes: bool) -> Literal["compact", "original"]:
         """The rule behind cuts inside the language model; that of `positions` unless overridden."""
         return self.positions(axes)
-
-    def check_model(self, identity: Identity) -> None:
-        """Refuse settings that do not fit the model, whatever its images are.
-
-        Called as soon as method and model are known, and again before every request.
-
-        Args:
-            identity: which model it is.
-
-        Raises:
-            SettingsError: they do not fit.
-        """
 
     def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
         """Refuse, before the tower runs, settings that do not fit the model or its images.

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mmlm_efficient.families.base import Identity
+from mmlm_efficient.families.base import Family, Identity
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station
 from mmlm_efficient.pruning.decoder_ranking import check_depth, last_token_attention
 from mmlm_efficient.stations.layer_rows import LayerCut
@@ -55,7 +55,7 @@ class FastV(PruningMethod):
         description="first decoder layer (0-based) without the cut tokens, >= 1",
     )
 
-    def check_model(self, identity: Identity) -> None:
+    def check_model(self, identity: Identity, family: Family) -> None:
         """Refuse a layer that the language model does not have."""
         check_depth("layer", [self.layer], identity.decoder_layers)
 

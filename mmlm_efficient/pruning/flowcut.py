@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError, UnsupportedError
-from mmlm_efficient.families.base import Identity
+from mmlm_efficient.families.base import Family, Identity
 from mmlm_efficient.pruning.base import (
     Budget,
     LayerJob,
@@ -144,7 +144,7 @@ class FlowCut(PruningMethod):
         """The tower, and the decoder layer when stage B is on."""
         return ("tower",) if self.llm_prune_layer is None else ("tower", "layer")
 
-    def check_model(self, identity: Identity) -> None:
+    def check_model(self, identity: Identity, family: Family) -> None:
         """Refuse a layer of stage B that the language model does not have."""
         if self.llm_prune_layer is not None:
             check_depth("llm_prune_layer", [self.llm_prune_layer], identity.decoder_layers)

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 from pydantic import Field, StrictInt, model_validator
 
 from mmlm_efficient.errors import SettingsError
-from mmlm_efficient.families.base import Identity
+from mmlm_efficient.families.base import Family, Identity
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station
 from mmlm_efficient.pruning.decoder_ranking import (
     check_ascending,
@@ -66,7 +66,7 @@ class PyramidDrop(PruningMethod):
             check_ascending("stage_layers", self.stage_layers, lowest=1)
         return self
 
-    def check_model(self, identity: Identity) -> None:
+    def check_model(self, identity: Identity, family: Family) -> None:
         """Refuse stage layers that the language model does not have."""
         self._stages(identity.decoder_layers)
 

@@ -16,6 +16,7 @@ from mmlm_efficient.pruning.uniform_pruning import UniformPruning
 from mmlm_efficient.pruning.vflowopt import VFlowOpt
 from mmlm_efficient.pruning.visionzip import VisionZip
 from mmlm_efficient.pruning.vispruner import VisPruner
+from mmlm_efficient.sinks.var import VAR
 
 METHODS: dict[str, type[Method]] = {
     "none": NoPruning,
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "random": RandomPruning,
     "uniform": UniformPruning,
     "keep_mask": KeepMask,
+    "var": VAR,
 }
 
 

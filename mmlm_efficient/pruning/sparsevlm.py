@@ -16,7 +16,7 @@ from pydantic import Field, StrictInt, field_validator, model_validator
 from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
-from mmlm_efficient.families.base import Identity
+from mmlm_efficient.families.base import Family, Identity
 from mmlm_efficient.groups import on_cpu
 from mmlm_efficient.pruning import sparsevlm_scores
 from mmlm_efficient.pruning.base import LayerJob, PruningMethod, Station, checked_counts
@@ -120,7 +120,7 @@ class SparseVLM(PruningMethod):
             for n_tokens, share in zip(stock, shares(self, self.budgets(stock), stock), strict=True)
         ]
 
-    def check_model(self, identity: Identity) -> None:
+    def check_model(self, identity: Identity, family: Family) -> None:
         """Refuse layers that the language model does not have."""
         self._layers(identity.decoder_layers)
 

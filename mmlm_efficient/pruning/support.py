@@ -19,6 +19,8 @@ def support(method: type[Method], family: type[Family]) -> str | None:
     """
     if method.families != "all" and family.name not in method.families:
         return None
+    if "attention" in method.stations:
+        return "in the decoder's attention"
     if not issubclass(method, PruningMethod):
         return "yes"
     if "tower" in method.stations:

@@ -124,6 +124,11 @@ class LayerRequest:
         """What the last forward over the prompt left of it; ``origin`` counts its columns."""
         return self._layouts[-1]
 
+    @property
+    def running_layout(self) -> PromptLayout:
+        """The prompt as it enters the layer that runs now."""
+        return self._layouts[0 if self._forward is None else self._forward.stage]
+
     # -- one forward -----------------------------------------------------------------------
 
     def begin(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.fastv import FastV
 from mmlm_efficient.pruning.registry import METHODS
 from mmlm_efficient.pruning.support import matrix, support
+from mmlm_efficient.sinks.var import VAR
 from tests import tiny_families
 from tests.tiny import IMAGE_TOKEN, batch, images, prompt, tiny_llava
 
@@ -143,6 +144,9 @@ def test_matrix_says_what_the_code_does(family: Any) -> None:
 
 def _small(method: type[Method]) -> Method:
     """The method with a budget of four tokens."""
+    if method is VAR:
+        # Random models have no published sinks.
+        return VAR(sink_dims=[3], sink_threshold=1.2, first_layer=0, min_image_mass=0.0)
     if not issubclass(method, PruningMethod):
         return method()
     if "mask" in method.model_fields:
@@ -152,7 +156,7 @@ def _small(method: type[Method]) -> Method:
 
 def _as_said(words: str, n_in: int, entering: int, leaving: int, n_crops: int) -> bool:
     """Whether the tokens that enter and leave the decoder are what the matrix says."""
-    if words == "yes":
+    if words in ("yes", "in the decoder's attention"):
         return n_in == entering == leaving
     if words == "per image in the decoder":
         return leaving < entering == n_in
@@ -170,13 +174,13 @@ def test_a_method_that_does_not_know_a_family_is_in_the_matrix_as_no() -> None:
 
 def test_check_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table:methods -->\nold\n<!-- /table -->\nafter\n")
+    page.write_text("before\n<!-- table:methods -->\nstale\n<!-- /table -->\nafter\n")
     assert readme_tables.main(["--check", str(page)]) == 1
     assert "out of date" in capsys.readouterr().out
-    assert "old" in page.read_text()
+    assert "stale" in page.read_text()
     assert readme_tables.main([str(page)]) == 0
     text = page.read_text()
-    assert "old" not in text
+    assert "stale" not in text
     assert text.startswith("before\n<!-- table:methods -->\n| method |")
     assert text.endswith("\n<!-- /table -->\nafter\n")
     assert readme_tables.main(["--check", str(page)]) == 0

@@ -137,6 +137,7 @@ def test_registry() -> None:
         "random",
         "uniform",
         "keep_mask",
+        "var",
     ]
     assert all(method.name == name for name, method in METHODS.items())
     assert method_class("none") is NoPruning

@@ -1,0 +1,208 @@
+"""Station 4: the attention of decoder layers, between queries, keys and values and the output.
+
+Transformers looks attention functions up by name (`AttentionInterface`), with a mask function of
+the same name (`AttentionMaskInterface`; without it a model silently gets no mask). The station
+registers one name per stock implementation that it can stand in for. A layer that no request works
+on runs the stock function, so its results are bit-identical.
+
+What a request wants at a layer travels as one more keyword argument from a pre-hook on the decoder
+layer to the attention function: no state on modules, none that is global.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmlm_efficient.errors import UnsupportedError
+from mmlm_efficient.families.base import DecoderParts
+from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.stations.bridge import PromptLayout
+from mmlm_efficient.tokens import LayerRedistribution, VisualTokens
+
+# No "/" (a kernel of the hub), no "flash", "flex" or "paged": transformers reads names.
+NAME = "mmlm_attention"
+_WORK = "mmlm_attention_work"
+_BASE = "sdpa"
+
+# How many open stations have switched a text model to `NAME`: the last one switches it back.
+_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+class AttentionWork(Protocol):
+    """What one request does inside the attention of one layer in one forward."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor | None:
+        """The output of the attention instead of the stock one, or None.
+
+        Args:
+            module: the attention module.
+            query: [B, H, Q, d]; key, value: [B, Hkv, K, d], the cache's among them; positions are
+                in them already. A sliding window's cache returns its last keys only.
+            mask: bool [B, 1, Q, K], True where a query sees a key; None for causal attention of
+                Q == K tokens, or of one query that sees all keys.
+            scaling: of the products.
+
+        Returns:
+            [B, Q, H, d], or None.
+        """
+
+
+class AttentionRequest(Protocol):
+    """What one request wants at the decoder's layers."""
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> AttentionWork | None:
+        """A layer starts with its input [B, L, D]: what to do in its attention, or None."""
+
+    def report(
+        self, tokens: Sequence[VisualTokens], layout: PromptLayout
+    ) -> tuple[LayerRedistribution, ...]:
+        """What was done, for the report of the request; empty when nobody wants to know.
+
+        Args:
+            tokens: the images' tokens that entered the decoder.
+            layout: the prompts as they entered it.
+        """
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """The attention function that the model finds under `NAME`."""
+    work: AttentionWork | None = kwargs.pop(_WORK, None)
+    if work is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = query.shape[2]
+        if attention_mask is None and 1 < rows < key.shape[2]:
+            # An empty static cache: behind the prompt's keys is room that no causal row sees.
+            key, value = key[:, :, :rows], value[:, :, :rows]
+        output = work.attend(module, query, key, value, attention_mask, scale)
+        if output is not None:
+            return output, None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class AttentionStation:
+    """Station 4 of one model: idle, and the model untouched, until a request is active.
+
+    A request makes the decoder use `NAME` in place of "sdpa". It stays so until the last station
+    that had a request on this decoder is closed, because other threads, also of other wrappers, may
+    be running the model. With no request the results are the same bits.
+
+    Args:
+        parts: the pieces of the decoder, from its family.
+    """
+
+    def __init__(self, parts: DecoderParts) -> None:
+        self._parts = parts
+        self._counted = False
+        self._closed = False
+        self._handles: list[RemovableHandle] = [
+            # After the layer station's: what enters the layer is what is left behind its cuts.
+            module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
+            for layer, module in enumerate(parts.layers)
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks and give the model its own attention back. Safe to call twice."""
+        self._closed = True
+        while self._handles:
+            self._handles.pop().remove()
+        module, config = self._parts.module, self._parts.config
+        with _LOCK:
+            if not self._counted:
+                return
+            self._counted = False
+            _USERS[module] -= 1
+            # Anything else than NAME was chosen by the user since.
+            if not _USERS[module] and config._attn_implementation == NAME:
+                module.set_attn_implementation(_BASE)
+
+    def check_open(self) -> None:
+        """Refuse to work without hooks.
+
+        Raises:
+            UnsupportedError: `close` was called.
+        """
+        if self._closed:
+            raise UnsupportedError(
+                "this EfficientLMM was closed: its hooks are off the model, so that attention "
+                "could not be changed. Ask inside the 'with' block, make a new one (load, or "
+                "EfficientLMM on the same model), or call the model itself for what the stock "
+                "model gives."
+            )
+
+    def check_backend(self) -> None:
+        """Refuse an attention implementation that the station cannot stand in for.
+
+        Raises:
+            UnsupportedError: naming it and what is supported.
+        """
+        current = self._parts.config._attn_implementation
+        if current not in (_BASE, NAME):
+            raise UnsupportedError(
+                f"attn_implementation={current!r}: methods at the attention station stand in for "
+                f"'{_BASE}' only. Load the model with attn_implementation='{_BASE}'."
+            )
+
+    @contextmanager
+    def active(self, request: AttentionRequest) -> Iterator[None]:
+        """Let a request work inside the `with` block, in this thread.
+
+        Raises:
+            UnsupportedError: the station is or was closed meanwhile, or another attention
+                implementation was chosen.
+        """
+        module, config = self._parts.module, self._parts.config
+        with _LOCK:
+            self.check_open()
+            if config._attn_implementation != NAME:
+                self.check_backend()
+                module.set_attn_implementation(NAME)
+            if not self._counted:
+                _USERS[module] = _USERS.get(module, 0) + 1
+                self._counted = True
+        with activate(self, request):
+            yield
+        self.check_open()
+
+    def _enter(self, layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            request: Any = active_request(self)
+            if request is None:
+                return None
+            work = request.enter(layer, args[0], kwargs)
+            return None if work is None else (args, {**kwargs, _WORK: work})
+
+        return hook
