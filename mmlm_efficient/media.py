@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmlm_efficient.errors import MediaError
 
@@ -32,6 +33,8 @@ _HEADER_BYTES = 1024
 _PPM_NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,9})\s"
 
 # What Pillow's decoders raise on broken data.
+# Pillow's switch for truncated files is the whole process's.
+_DECODING = threading.Lock()
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 
@@ -220,10 +223,24 @@ def _check_size(width: int, height: int, where: str, limits: ImageLimits) -> Non
         )
 
 
+def _load_pixels(picture: Image.Image) -> None:
+    """Decode a picture, a truncated one with an error even where other code in this process (such
+    as lmms-eval) has told Pillow to fill up what is missing."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+        picture.load()
+        return
+    with _DECODING:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            picture.load()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+
 def _to_rgb(picture: Image.Image, where: str, limits: ImageLimits) -> Image.Image:
     _check_size(*picture.size, where, limits)
     try:
-        picture.load()
+        _load_pixels(picture)
     except _BROKEN as error:
         raise MediaError(
             f"{where}: is truncated or damaged, its pixels cannot be decoded ({error})."

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mmlm_efficient.errors import MediaError
 from mmlm_efficient.media import ImageLimits, load_image, load_images
@@ -234,6 +234,15 @@ def test_truncated_image(form: str, share: float) -> None:
     data = encoded(noise(size=(160, 120)), form)
     with pytest.raises(MediaError, match=r"truncated or damaged|header is damaged"):
         load_image(data[: int(len(data) * share)])
+
+
+def test_truncated_image_where_others_are_lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval switches Pillow's check off for the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(noise(size=(160, 120)), "PNG")
+    with pytest.raises(MediaError, match="truncated or damaged"):
+        load_image(data[: len(data) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "others keep what they chose"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
