@@ -17,7 +17,7 @@ BYTES = 4 * ELEMENTS
 
 
 def fresh(code: str) -> list[int]:
-    """Numbers that a process of its own prints: memory that others freed is not used again there."""
+    """Numbers that a process of its own prints: there is no freed memory to use again."""
     head = "import torch; from mmlm_efficient.machine import PeakMemory, peak_resident_bytes\n"
     run = subprocess.run(
         [sys.executable, "-c", head + code], capture_output=True, text=True, check=True
