@@ -19,10 +19,16 @@ from eval.plan import EvalConfig, Job
 from eval.row_files import profiles_of
 from eval.rows import Budget, Row
 from eval.task_index import IndexedTask, IndexTrouble, look_up
-from mmlm_efficient.errors import MissingExtraError, ModelLoadError, SettingsError
-from mmlm_efficient.names import POCKET
+from mmlm_efficient.errors import (
+    MissingExtraError,
+    ModelLoadError,
+    SettingsError,
+    UnsupportedError,
+)
+from mmlm_efficient.names import POCKET, model_name
 from mmlm_efficient.pruning.vflowopt import VFlowOpt
 from mmlm_efficient.settings import Config
+from mmlm_efficient.sinks.var import VAR
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ def row_missing(row: Row, model: Config) -> list[str]:
 
     found = [] if row.missing is None else [row.missing]
     for method in row.methods:
+        if isinstance(method, VAR):
+            found += _sinks_missing(method, model)
         if not isinstance(method, VFlowOpt) or method.profile == "none":
             continue
         if method.profile == "auto":
@@ -163,6 +171,23 @@ def row_missing(row: Row, model: Config) -> list[str]:
         except SettingsError as error:
             found.append(f"vflowopt: {error}")
     return found
+
+
+def _sinks_missing(method: VAR, model: Config) -> list[str]:
+    """What keeps VAR off a model, as far as its config tells; nothing where that is not here."""
+    from mmlm_efficient.families import family_class
+    from mmlm_efficient.loading import read_config
+
+    try:
+        config = read_config(_local_folder(model.model), model.model, model.vision_tower)
+        family = family_class(config, model.model).name
+    except (ModelLoadError, UnsupportedError):
+        return []  # said of the model itself
+    try:
+        method.check_config(config, model_name(None, model.model), family)
+    except SettingsError as error:
+        return [str(error)]
+    return []
 
 
 class _TaskCheck:

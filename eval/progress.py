@@ -1,8 +1,12 @@
-"""The progress bar of a task: answers done, time left, and how each row stands."""
+"""The progress of a task: answers done, time left, and how each row stands.
+
+A bar on a terminal; a line now and then in a log.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,10 +16,12 @@ from eval.record import Record
 from eval.task import Task
 
 _ROWS_SHOWN = 4
+# Between two lines of a log.
+_LINE_EVERY_S = 30.0
 
 
 class TaskBar:
-    """Counts a task's records on standard error; silent where that is no terminal.
+    """Counts a task's records on standard error.
 
     Args:
         task: names the bar; its first metric is the running figure.
@@ -24,6 +30,7 @@ class TaskBar:
     """
 
     def __init__(self, task: Task, total: int, before: Iterable[Record]) -> None:
+        self._name, self._total = task.name, total
         self._metric = task.metrics[0].name
         self._sums: dict[str, tuple[float, int]] = {}
         self._shares = True
@@ -38,12 +45,30 @@ class TaskBar:
             disable=None,
         )
         self._count(before)
+        self._done = len(before)
+        self._asked = 0
+        self._began_s = self._said_s = time.monotonic()
 
     def add(self, records: Iterable[Record]) -> None:
         """Count new records."""
         records = list(records)
         self._count(records)
         self._bar.update(len(records))
+        self._done += len(records)
+        self._asked += len(records)
+        now_s = time.monotonic()
+        if self._bar.disable and now_s - self._said_s >= _LINE_EVERY_S:
+            self._said_s = now_s
+            sys.stderr.write(f"{self._line(now_s - self._began_s)}\n")
+            sys.stderr.flush()
+
+    def _line(self, elapsed_s: float) -> str:
+        """Such as "pocket: 120 of 500 answers, 1:10 left; none 93.8 %"."""
+        left_s = (self._total - self._done) * elapsed_s / max(1, self._asked)
+        left = tqdm.format_interval(left_s)
+        return (
+            f"{self._name}: {self._done} of {self._total} answers, {left} left; {self.standing()}"
+        )
 
     def _count(self, records: Iterable[Record]) -> None:
         for record in records:

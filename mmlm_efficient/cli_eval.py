@@ -41,21 +41,22 @@ def evaluate(
         typer.Option(help="YAML file or preset, such as pocket; other options win over it."),
     ] = None,
     runs: Annotated[
-        str | None, typer.Option(help="Of a --config with several models, the runs to do.")
+        list[str] | None, typer.Option(help="Of a --config with several models, the runs to do.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="'pocket', a model folder or a hub id.")] = None,
     methods: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Rows, such as flowcut:64,vflowopt:0.25 or flowcut:72+fastv:36 for two methods "
             "together. The unpruned model is always there."
         ),
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="For methods without one of their own: 0.5,0.25 or 64,32.")
+        list[str] | None,
+        typer.Option(help="For methods without one of their own: 0.5,0.25 or 64,32."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks, bundled or of lmms-eval: mmlm_pocket_vqa,gqa.")
+        list[str] | None, typer.Option(help="Tasks, bundled or of lmms-eval: mmlm_pocket_vqa,gqa.")
     ] = None,
     include_path: Annotated[
         list[Path] | None, typer.Option(help="Folder with YAMLs of further tasks; repeatable.")
@@ -109,11 +110,11 @@ def evaluate(
         raise SettingsError("--ray-address: give --workers too, such as --workers 4.")
     plan = config_from_options(
         config=config,
-        runs=_names(runs),
+        runs=_names(_joined(runs)),
         model=model,
-        methods=methods,
-        budgets=budgets,
-        tasks=tasks,
+        methods=_joined(methods),
+        budgets=_joined(budgets),
+        tasks=_joined(tasks),
         include_path=include_path,
         limit=limit,
         batch_size=batch_size,
@@ -178,6 +179,11 @@ def _only(given: list[str] | None) -> tuple[str, ...]:
     if given is not None and not found:
         raise SettingsError("--only: names no sample. Leave it out to run all.")
     return found
+
+
+def _joined(values: list[str] | None) -> str | None:
+    """An option given several times is one list."""
+    return None if values is None else ",".join(values)
 
 
 def _names(text: str | None) -> list[str] | None:

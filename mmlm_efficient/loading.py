@@ -113,7 +113,7 @@ def load(
         )
     if vision_tower is not None:
         vision_tower = os.path.expanduser(vision_tower)
-    config = _read_config(folder, name, vision_tower)
+    config = read_config(folder, name, vision_tower)
     family_class(config, name)
     options: dict[str, Any] = {"dtype": wanted, "attn_implementation": attn_implementation}
     skip: list[str] = []
@@ -280,7 +280,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
     config = _fetched(
         source, revision, lambda: hf_hub_download(source, "config.json", revision=revision)
     )
-    family_class(_read_config(config.parent, source), source)
+    family_class(read_config(config.parent, source), source)
     files = _ORIGINAL_HUB_FILES if is_original(config.parent) else _HUB_FILES
     folder = _fetched(
         source,
@@ -357,9 +357,18 @@ def _offline(source: str, missing: list[str]) -> str:
     )
 
 
-def _read_config(
-    folder: Path, name: str, vision_tower: str | os.PathLike[str] | None = None
-) -> Any:
+def read_config(folder: Path, name: str, vision_tower: str | os.PathLike[str] | None = None) -> Any:
+    """The config of transformers of a model in a folder; no weights are loaded.
+
+    Args:
+        folder: in the layout of transformers or of the original LLaVA code.
+        name: how the message calls the model.
+        vision_tower: as in :func:`load`.
+
+    Raises:
+        ModelLoadError: config.json cannot be read.
+        UnsupportedError: an original folder with parts that are not known.
+    """
     from transformers import AutoConfig
 
     if is_original(folder):

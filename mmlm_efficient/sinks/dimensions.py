@@ -12,10 +12,11 @@ report is listed for information and never used.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shlex
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -246,20 +247,60 @@ def sinks_for(
         SettingsError: nothing is known about the model, the profile is of another model, or a
             value is out of range.
     """
-    width = Fingerprint.of(model.config).hidden_size
+    subject = _Subject(
+        identity.name, identity.family, model.config, functools.partial(weights_of, model)
+    )
+    return _sinks_of(subject, sink_dims, sink_threshold)
+
+
+def check_sinks(
+    config: Any,
+    name: str,
+    family: str,
+    sink_dims: str | Sequence[int] = "auto",
+    sink_threshold: float | None = None,
+) -> None:
+    """What `sinks_for` refuses, as far as a model's config tells: before weights are loaded.
+
+    Args:
+        config: of the model, from transformers.
+        name: what the model is loaded as.
+        family: name of its family.
+        sink_dims, sink_threshold: as in `sinks_for`.
+
+    Raises:
+        SettingsError: as in `sinks_for`, but for a profile of the same shape and other weights.
+    """
+    _sinks_of(_Subject(name, family, config, None), sink_dims, sink_threshold)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model; weights gives their digest, None where they are not loaded."""
+
+    name: str
+    family: str
+    config: Any
+    weights: Callable[[], str] | None
+
+
+def _sinks_of(
+    subject: _Subject, sink_dims: str | Sequence[int], sink_threshold: float | None
+) -> SinkSettings:
+    width = Fingerprint.of(subject.config).hidden_size
     if not isinstance(sink_dims, str):
         dims = checked_dims(sink_dims, width)
         return SinkSettings(dims, checked_threshold(sink_threshold, width), "given")
-    profile = _own_profile(model) if sink_dims == "auto" else _checked(sink_dims, model)
+    profile = _own_profile(subject) if sink_dims == "auto" else _checked(sink_dims, subject)
     if profile is not None:
         chosen = profile.threshold if sink_threshold is None else sink_threshold
         source = f"calibration of {profile.model}"
         return SinkSettings(profile.dims, checked_threshold(chosen, width), source)
-    backbone = known_backbone(model.config, identity.family)
+    backbone = known_backbone(subject.config, subject.family)
     if backbone is None or backbone.status == "unconfirmed":
-        raise SettingsError(_unknown(model, identity, backbone))
-    if backbone.status == "literature":
-        _warn_literature(backbone, identity)
+        raise SettingsError(_unknown(subject, backbone))
+    if backbone.status == "literature" and subject.weights is not None:
+        _warn_literature(backbone, subject.name)
     threshold = checked_threshold(sink_threshold, width)
     return SinkSettings(backbone.dims, threshold, f"{backbone.name}: {backbone.source}")
 
@@ -272,21 +313,24 @@ def weights_of(model: nn.Module) -> str:
     return digest
 
 
-def _own_profile(model: Any) -> SinkProfile | None:
+def _own_profile(subject: _Subject) -> SinkProfile | None:
     """The built-in profile of a model's weights."""
-    fingerprint = Fingerprint.of(model.config)
+    fingerprint = Fingerprint.of(subject.config)
     for name in built_in():
         profile = named_profile(name)
         # The weights are looked at only where the shape fits.
-        if profile.fingerprint == fingerprint and profile.weights == weights_of(model):
+        if profile.fingerprint == fingerprint and (
+            subject.weights is None or profile.weights == subject.weights()
+        ):
             return profile
     return None
 
 
-def _checked(source: str, model: Any) -> SinkProfile:
+def _checked(source: str, subject: _Subject) -> SinkProfile:
     """A profile that the user names, refused when it belongs to another model."""
     profile = named_profile(source)
-    mismatch = profile.mismatch(Fingerprint.of(model.config), weights_of(model))
+    weights = profile.weights if subject.weights is None else subject.weights()
+    mismatch = profile.mismatch(Fingerprint.of(subject.config), weights)
     if mismatch is not None:
         raise SettingsError(
             f"sink_dims: the profile {source!r} is of another model: {mismatch}. Make one for "
@@ -296,7 +340,7 @@ def _checked(source: str, model: Any) -> SinkProfile:
     return profile
 
 
-def _unknown(model: Any, identity: Identity, reported: Backbone | None) -> str:
+def _unknown(subject: _Subject, reported: Backbone | None) -> str:
     """What to do about a model that nothing is known about."""
     doubt = ""
     if reported is not None:
@@ -305,24 +349,24 @@ def _unknown(model: Any, identity: Identity, reported: Backbone | None) -> str:
             f"{reported.source})"
         )
     return (
-        f"sink_dims='auto': the sink dimensions of {identity.name!r} are not known "
-        f"({Fingerprint.of(model.config)}){doubt}. Find them with: mmlm calibrate sinks --model "
-        f"{shlex.quote(identity.name)} --images FOLDER, and give the profile that it writes as "
+        f"sink_dims='auto': the sink dimensions of {subject.name!r} are not known "
+        f"({Fingerprint.of(subject.config)}){doubt}. Find them with: mmlm calibrate sinks --model "
+        f"{shlex.quote(subject.name)} --images FOLDER, and give the profile that it writes as "
         "sink_dims='FILE.yaml'; or give dimensions that you know, such as sink_dims=[12, 345]"
     )
 
 
-def _warn_literature(backbone: Backbone, identity: Identity) -> None:
+def _warn_literature(backbone: Backbone, name: str) -> None:
     """Say, once per model, that nobody has tried the dimensions with VAR."""
-    if (identity.name, backbone.name) in _warned:
+    if (name, backbone.name) in _warned:
         return
-    _warned.add((identity.name, backbone.name))
+    _warned.add((name, backbone.name))
     logger.warning(
         "sink_dims='auto': %s are the massive activations of %s itself (%s), not tried in %s. "
         "Check them with: mmlm calibrate sinks --model %s --images FOLDER",
         list(backbone.dims),
         backbone.name,
         backbone.source,
-        identity.name,
-        shlex.quote(identity.name),
+        name,
+        shlex.quote(name),
     )

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import Family, Identity
 from mmlm_efficient.pruning.base import Method, Station
-from mmlm_efficient.sinks.dimensions import SinkSettings, sinks_for
+from mmlm_efficient.sinks.dimensions import SinkSettings, check_sinks, sinks_for
 from mmlm_efficient.sinks.evaluations import Evaluation
 from mmlm_efficient.sinks.recorder import Recorder
 from mmlm_efficient.sinks.redistribution import Rule
@@ -130,10 +130,11 @@ class VAR(Method):
     @field_validator("sink_dims")
     @classmethod
     def _check_dims(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if not value or (not isinstance(value, str) and len(set(value)) < len(value)):
+        numbers = () if isinstance(value, str) else value
+        if not value or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
             raise ValueError(
-                f"sink_dims must be one or more different integers, a calibration or 'auto', got "
-                f"{value if isinstance(value, str) else list(value)!r}"
+                "sink_dims must be one or more different integers >= 0, a calibration or 'auto', "
+                f"got {value if isinstance(value, str) else list(value)!r}"
             )
         return value
 
@@ -202,6 +203,16 @@ class VAR(Method):
         if self.owned_stations:
             self.active_layers(identity.decoder_layers)
             self.sinks(family.model, identity)
+
+    def check_config(self, config: Any, name: str, family: str) -> None:
+        """Refuse what `check_model` refuses, as far as a model's config tells.
+
+        Raises:
+            SettingsError: see `sinks` and `active_layers`.
+        """
+        if self.owned_stations:
+            self.active_layers(config.get_text_config().num_hidden_layers)
+            check_sinks(config, name, family, self.sink_dims, self.sink_threshold)
 
     def attention_request(
         self, family: Family, identity: Identity, layout: Callable[[], PromptLayout]

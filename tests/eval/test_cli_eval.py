@@ -329,3 +329,13 @@ def test_dry_run_writes_nothing(mmlm: Run, data: Path, tmp_path: Path) -> None:
     rows = json.loads(found.out)
     assert {one["row"] for one in rows} == {"none", "flowcut:36"}
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_given_twice_is_one_list(mmlm: Run, data: Path, tmp_path: Path) -> None:
+    twice = ("--methods", "flowcut", "--methods", "random:9,uniform:9", "--budgets", "8")
+    found = mmlm(
+        *options(data, tmp_path / "out", *twice, "--budgets", "0.5", "--dry-run", "--json")
+    )
+    assert found.code == 0, found.err
+    labels = {one["row"] for one in json.loads(found.out)}
+    assert labels == {"none", "flowcut:8", "flowcut:0.5", "random:9", "uniform:9"}

@@ -167,6 +167,26 @@ def test_methods_and_profiles_that_are_missing(tmp_path: Path) -> None:
     assert untuned[0].missing == untuned[2].missing == ()
 
 
+def test_what_a_models_config_says_about_var(tmp_path: Path) -> None:
+    methods = [
+        "var",
+        "var(sink_dims=[85])",
+        "var(sink_dims=[192])",
+        "var(sink_dims=[85], sink_threshold=14)",
+        "var(sink_dims=[85], layers=[6])",
+        "var(sink_dims='nowhere.yaml')",
+        "var(layers=[6], redistribute_fraction=0)",
+    ]
+    said = [" ".join(one.missing) for one in plan(methods=methods)[1:]]  # the first is "none"
+    assert [text != "" for text in said] == [True, False, True, True, True, True, False]
+    parts = ["mmlm calibrate sinks --model pocket", "0 to 191", "13.86", "layers 0 to 5", "nowhere"]
+    for text, part in zip(filter(None, said), parts, strict=True):
+        assert part in text
+    # Nothing is known of a model that is not here, but that.
+    missing = plan(model=str(tmp_path / "no"), methods=["var"])
+    assert all("no" in text and "sink" not in text for one in missing for text in one.missing)
+
+
 def test_tasks_and_metrics_that_are_missing(
     index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
