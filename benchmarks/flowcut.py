@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = check_device(options.device)
     except MMLMError as error:
-        print(error, file=sys.stderr)
+        print(f"mmlm: {error}", file=sys.stderr)
         return 1
     if options.full_size and device.type != "cuda":
         print("--full-size needs a GPU: add --device cuda", file=sys.stderr)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = measure(options)
     except MMLMError as error:
-        print(error, file=sys.stderr)
+        print(f"mmlm: {error}", file=sys.stderr)
         return 1
     print("\n".join(report(result)))
     if options.out is not None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with load(options.model, dtype="float32") as lmm:
             counts = evaluate_videos(lmm.model, lmm.processor, videos=options.videos)
     except MMLMError as error:
-        print(error, file=sys.stderr)
+        print(f"mmlm: {error}", file=sys.stderr)
         return 1
     kinds = {
         kind: {

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = measure(options)
     except MMLMError as error:
-        print(error, file=sys.stderr)
+        print(f"mmlm: {error}", file=sys.stderr)
         return 1
     print("\n".join(_report(result)))
     if options.out is None:

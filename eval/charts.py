@@ -34,6 +34,8 @@ MARKERS = "osD^vP<X>ph"
 PANEL_IN = (4.7, 3.7)
 COLUMNS = 3
 LABEL_CHARACTERS = 30
+# Between methods of the same cost.
+_DODGE_PT = 3.0
 KEY = "star: stock model   filled points and grey steps: Pareto front   bars: 95 % intervals"
 
 _AXIS = {
@@ -274,10 +276,11 @@ def _panel(axes: Any, task: TaskResult, against: Against) -> _Panel:
         low, high = axes.get_xlim()
         panel.lines.extend(_between(axes, Point("", low, stock.y), Point("", high, stock.y), 60))
     _staircase(axes, _front(points, stock, higher))
+    dodges = _dodges(points)
     for method in dict.fromkeys(point.method for point in points):
         line = sorted((one for one in points if one.method == method), key=lambda one: one.x)
         look = looks[method]
-        _method_line(axes, line, front, look)
+        _method_line(axes, line, front, look, dodges[method])
         panel.labels.extend(_method_labels(line, COLOURS[look % len(COLOURS)]))
         for first, second in itertools.pairwise(line):
             panel.lines.extend(_between(axes, first, second, 14))
@@ -355,7 +358,33 @@ def _staircase(axes: Any, front: Sequence[Point]) -> None:
         )
 
 
-def _method_line(axes: Any, line: Sequence[Point], front: set[str], look: int) -> None:
+def _dodges(points: Sequence[Point]) -> dict[str, float]:
+    """By method: how far to the right it is drawn, in points of type.
+
+    Methods that share a cost stand side by side, or their intervals would hide each other.
+    """
+    places: dict[float, set[str]] = {}
+    for one in points:
+        places.setdefault(one.x, set()).add(one.method)
+    methods = list(dict.fromkeys(one.method for one in points))
+    crowded = {method for there in places.values() if len(there) > 1 for method in there}
+    beside = [method for method in methods if method in crowded]
+    middle = (len(beside) - 1) / 2
+    return {
+        method: (beside.index(method) - middle) * _DODGE_PT if method in crowded else 0.0
+        for method in methods
+    }
+
+
+def _method_line(
+    axes: Any, line: Sequence[Point], front: set[str], look: int, dodge_pt: float
+) -> None:
+    transforms = require_extra("matplotlib.transforms", "plots")
+    scale = axes.figure.dpi_scale_trans
+    place = axes.transData + transforms.ScaledTranslation(dodge_pt / 72, 0, scale)
+    # What has a transform of its own does not move the limits of the axes.
+    axes.update_datalim([(one.x, y) for one in line for y in (one.y, *(one.ends or ()))])
+    axes.autoscale_view()
     colour, marker = COLOURS[look % len(COLOURS)], MARKERS[look % len(MARKERS)]
     dashes: Any = "-" if look < len(COLOURS) else (0, (2, 1.4))
     axes.plot(
@@ -364,11 +393,20 @@ def _method_line(axes: Any, line: Sequence[Point], front: set[str], look: int) -
         color=colour,
         linewidth=1.5,
         linestyle=dashes,
+        transform=place,
         zorder=3,
     )
     for one in line:
         if one.ends is not None:
-            axes.vlines(one.x, *one.ends, color=colour, linewidth=1, alpha=0.55, zorder=2.5)
+            axes.plot(
+                [one.x, one.x],
+                list(one.ends),
+                color=colour,
+                linewidth=1,
+                alpha=0.55,
+                transform=place,
+                zorder=2.5,
+            )
         axes.plot(
             [one.x],
             [one.y],
@@ -378,6 +416,7 @@ def _method_line(axes: Any, line: Sequence[Point], front: set[str], look: int) -
             markeredgecolor=colour,
             markerfacecolor=colour if one.label in front else "#ffffff",
             linestyle="",
+            transform=place,
             zorder=4,
         )
 

@@ -143,11 +143,12 @@ class EfficientLMM:
         return self._methods if override is None else cast("tuple[Method, ...]", override)
 
     @contextmanager
-    def using(self, *methods: MethodLike) -> Iterator[EfficientLMM]:
+    def using(self, *methods: MethodLike | Sequence[MethodLike]) -> Iterator[EfficientLMM]:
         """Other methods for a while, in this thread (or asyncio task) only.
 
         Args:
-            methods: method objects or short forms; none at all means the stock model.
+            methods: method objects or short forms, or one list of them; none at all means the
+                stock model.
 
         Example:
             >>> from mmlm_efficient import FlowCut, load
@@ -158,7 +159,10 @@ class EfficientLMM:
             >>> answer.report.methods, lmm.methods
             (('flowcut',), ())
         """
-        with activate(self, self._checked(methods)):
+        chosen: Any = methods
+        if len(methods) == 1 and isinstance(methods[0], list | tuple):
+            chosen = methods[0]
+        with activate(self, self._checked(chosen)):
             yield self
 
     def _checked(self, methods: Methods) -> tuple[Method, ...]:

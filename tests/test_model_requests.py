@@ -194,8 +194,12 @@ def test_using_restores_the_methods(lmm: EfficientLMM) -> None:
         assert lmm.ask(QUESTION, picture(), max_new_tokens=2).usage.visual_tokens_kept["layer"] == 9
         with lmm.using(RandomPruning(keep_tokens=4)):
             assert [method.name for method in lmm.methods] == ["random"]
-        with lmm.using():
-            assert lmm.methods == ()
+        for nothing in ((), ([],)):
+            with lmm.using(*nothing):
+                assert lmm.methods == ()
+        for both in (("flowcut:9", "fastv:4"), (["flowcut:9", "fastv:4"],)):
+            with lmm.using(*both):
+                assert [method.name for method in lmm.methods] == ["flowcut", "fastv"]
         assert lmm.methods == (FlowCut(keep_tokens=9),)
         seen: list[Any] = []
         other = threading.Thread(target=lambda: seen.append(lmm.methods))

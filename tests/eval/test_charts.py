@@ -12,7 +12,7 @@ from PIL import Image
 
 from eval import charts
 from eval.chart_labels import Label, place_labels
-from eval.charts import Point, chart_png, chart_svg, pareto_front, points_of, write_charts
+from eval.charts import Point, _dodges, chart_png, chart_svg, pareto_front, points_of, write_charts
 from tests.eval.made_reports import ATTACK, NOTHING, report, row, task, usual
 
 
@@ -89,6 +89,25 @@ def test_names_of_rows_are_text() -> None:
     assert svg is not None
     assert "<script" not in svg
     ElementTree.fromstring(svg)
+
+
+def test_methods_of_the_same_cost_stand_side_by_side() -> None:
+    points = [Point("a:1", 9, 5), Point("b:1", 9, 6), Point("c:1", 20, 7), Point("b:2", 30, 7)]
+    dodges = _dodges(points)
+    assert dodges == {"a": -1.5, "b": 1.5, "c": 0.0}
+    assert set(_dodges(points[2:]).values()) == {0.0}
+
+
+def test_every_interval_is_inside_the_axes() -> None:
+    _, (axes,) = charts._figure(1, 1, 100)
+    made = usual()["tasks"][0]
+    charts._panel(axes, made, "tokens")
+    low, high = axes.get_ylim()
+    points, stock = points_of(made, "tokens")
+    assert stock is not None and len(points) == 3
+    for one in (*points, stock):
+        assert one.ends is not None
+        assert low < one.ends[0] < one.ends[1] < high
 
 
 def test_png_has_a_panel_per_task() -> None:
