@@ -104,7 +104,8 @@ def test_every_interval_is_inside_the_axes() -> None:
     charts._panel(axes, made, "tokens")
     low, high = axes.get_ylim()
     points, stock = points_of(made, "tokens")
-    assert stock is not None and len(points) == 3
+    assert stock is not None
+    assert len(points) == 3
     for one in (*points, stock):
         assert one.ends is not None
         assert low < one.ends[0] < one.ends[1] < high
