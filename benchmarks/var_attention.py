@@ -78,8 +78,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     stock, mapped = twin(model), twin(model)
     with LMMParts(model) as parts:
         prompts = [
-            Subject(shape, parts, stock, mapped, images, options.seed).measured(options.repeats)
-            for images in options.images
+            Subject(shape, parts, stock, mapped, *prompt).measured(options.repeats)
+            for prompt in _prompts(options)
         ]
     return {
         "benchmark": "var_attention",
@@ -95,6 +95,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "prompts": prompts,
         "targets": [target for one in prompts for target in _targets(one)],
     }
+
+
+def _prompts(options: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+    """Pictures, seed, and tokens between the pictures of each prompt."""
+    for images in options.images:
+        yield images, options.seed, 0
+        if images > 1:
+            yield images, options.seed, options.between
 
 
 # -- figures ---------------------------------------------------------------------------------
@@ -132,7 +140,8 @@ def _report(result: Mapping[str, Any]) -> Iterator[str]:
     for one in result["prompts"]:
         agreement, changed = one["agreement"], one["changed"]
         yield (
-            f"{one['tokens']} tokens, {one['visual_tokens']} visual: "
+            f"{one['tokens']} tokens, {one['visual_tokens']} visual"
+            f"{f', {gap} of text between pictures' if (gap := one['text_between']) else ''}: "
             f"{changed['rows_changed']:.1%} of the rows changed; logits to eager VAR "
             f"{agreement['prefill_to_eager']:.1e}, to SDPA {agreement['prefill_to_sdpa']:.1e}; "
             f"finding sinks {1000 * one['find_sinks']['median_s']:.2f} ms a layer"
@@ -168,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         default=[1, 5],
         help="pictures of 576 tokens in each prompt; default 1 5",
+    )
+    parser.add_argument(
+        "--between",
+        type=positive,
+        default=2,
+        metavar="TOKENS",
+        help="several pictures also with so many tokens of text between them; default 2",
     )
     parser.add_argument("--repeats", type=positive, default=7, help="rounds; default 7")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.models import BOS_TOKEN, FIRST_WORD, IMAGE_TOKEN
 from mmlm_efficient.encoding import Encoded
 from mmlm_efficient.prepare import LMMParts
+from mmlm_efficient.sinks.evaluations import worth_picking
 from mmlm_efficient.sinks.flags import default_threshold, sink_flags
 from mmlm_efficient.sinks.redistribution import Keys, Rule, redistribute
 from mmlm_efficient.sinks.var import VAR
@@ -185,12 +187,12 @@ def features(
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: text, images side by side, text.
+    """One prompt: text, images, text; between the images there may be text too.
 
     Attributes:
         ids: int64 [1, S].
         encoded: the images as the tower would have left them.
-        first: first text token behind the images.
+        first: first text token behind an image.
     """
 
     ids: Tensor
@@ -202,11 +204,23 @@ class Request:
         """Bool [1, S]."""
         return self.ids == IMAGE_TOKEN
 
+    def eligible(self, start: int, end: int) -> Tensor:
+        """Bool [1, end - start]: text behind the first image, generated tokens too."""
+        text = ~self.visual[:, start:end]
+        text = torch.nn.functional.pad(text, (0, end - start - text.shape[1]), value=True)
+        return text & (torch.arange(start, end, device=text.device) >= self.first)
+
 
 def request(
-    parts: LMMParts, images: int, before: int, after: int, device: torch.device, seed: int
+    parts: LMMParts,
+    images: int,
+    before: int,
+    after: int,
+    device: torch.device,
+    seed: int,
+    between: int = 0,
 ) -> Request:
-    """A prompt of stated size; no tower runs for it."""
+    """A prompt with so many tokens of text; no tower runs for it."""
     model = parts.model
     size = int(model.config.vision_config.image_size)
     pixels = torch.empty(images, 3, size, size, device="meta")
@@ -214,13 +228,14 @@ def request(
     per_image = parts.family.tokens_of(visuals[0])
     vocabulary = int(model.config.text_config.vocab_size) - FIRST_WORD
     words = [FIRST_WORD + place % vocabulary for place in range(before - 1 + after)]
-    shown = [IMAGE_TOKEN] * (per_image * images)
-    ids = [BOS_TOKEN, *words[: before - 1], *shown, *words[before - 1 :]]
+    gap = words[:between]
+    shown = [token for _ in range(images) for token in (*gap, *[IMAGE_TOKEN] * per_image)]
+    ids = [BOS_TOKEN, *words[: before - 1], *shown[between:], *words[before - 1 :]]
     found = features(model, images, device, seed, per_image)
     return Request(
         torch.tensor([ids], device=device),
         Encoded(visuals, None, found),
-        before + len(shown),
+        before + (per_image if between else per_image * images),
     )
 
 
@@ -292,8 +307,7 @@ class EagerVar:
                 flags = sink_flags(hidden, self.dims, self.threshold, visible)
                 self._keys[layer] = Keys(one.visual, flags)
             first = max(0, one.first - past)
-            rows = hidden.shape[1] - first
-            eligible = torch.ones(1, rows, dtype=torch.bool, device=hidden.device)
+            eligible = one.eligible(past + first, past + hidden.shape[1])
             work = _Work(self, layer, first, self._keys[layer], eligible)
             return args, {**kwargs, _WORK: work}
 
@@ -330,6 +344,12 @@ class AttentionCall:
     first: int
     keys: Keys
     eligible: Tensor
+
+    @cached_property
+    def picked(self) -> Tensor | None:
+        """As `attend` takes it."""
+        found = torch.nonzero(self.eligible[0]).flatten()
+        return found if worth_picking(len(found), self.eligible.shape[1]) else None
 
 
 def full_map_attention(call: AttentionCall, rule: Rule | None) -> Tensor:

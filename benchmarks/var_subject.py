@@ -63,14 +63,24 @@ class Subject:
         stock, mapped: its twins, for SDPA and for eager VAR.
         images: pictures of the prompt.
         seed: of the visual tokens.
+        between: tokens of text between two pictures.
     """
 
     def __init__(
-        self, shape: VarShape, parts: LMMParts, stock: Any, mapped: Any, images: int, seed: int
+        self,
+        shape: VarShape,
+        parts: LMMParts,
+        stock: Any,
+        mapped: Any,
+        images: int,
+        seed: int,
+        between: int = 0,
     ) -> None:
-        self.shape, self.parts, self.images = shape, parts, images
+        self.shape, self.parts, self.images, self.between = shape, parts, images, between
         self.device = parts.model.device
-        self.request: Request = request(parts, images, TEXT_BEFORE, TEXT_AFTER, self.device, seed)
+        self.request: Request = request(
+            parts, images, TEXT_BEFORE, TEXT_AFTER, self.device, seed, between
+        )
         self.method = method(shape, parts.model.config)
         self.inputs = self.prepared()
         found = self.method.sinks(parts.model, parts.identity)
@@ -103,6 +113,7 @@ class Subject:
             "images": self.images,
             "visual_tokens": int(self.request.visual.sum()),
             "text_before": TEXT_BEFORE,
+            "text_between": self.between,
             "text_after": TEXT_AFTER,
             "agreement": agreement,
             "changed": changed,
@@ -218,7 +229,7 @@ class Subject:
             phase: choose(
                 call.query.shape[0],
                 call.query.shape[1],
-                call.eligible.shape[1],
+                call.eligible.shape[1] if call.picked is None else len(call.picked),
                 call.key.shape[2],
                 call.query.dtype,
                 self.device.type,
@@ -307,6 +318,7 @@ def _attention(subject: Subject, call: AttentionCall, name: str) -> Tensor:
         eligible=call.eligible,
         rule=rule,
         scaling=call.scaling,
+        picked=call.picked,
     )
     return outcome.output.transpose(1, 2)
 

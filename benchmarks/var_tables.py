@@ -32,8 +32,10 @@ def attention(result: Mapping[str, Any]) -> Table:
                 row += [f"{ways[name]['peak_bytes'] / MIB:.2f}" for name in _BESIDE]
                 rows.append(row)
         changed, agreement = one["changed"]["rows_changed"], one["agreement"]
+        gap = one["text_between"]
+        between = f", {gap} of text between pictures" if gap else ""
         notes.append(
-            f"with {one['tokens']:,} tokens ({one['visual_tokens']:,} visual) VAR changes "
+            f"with {one['tokens']:,} tokens ({one['visual_tokens']:,} visual{between}) VAR changes "
             f"{100 * changed:.0f} % of the rows that it may change, and its logits are within "
             f"{agreement['prefill_to_eager']:.0e} of eager VAR's"
         )

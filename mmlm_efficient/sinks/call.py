@@ -84,6 +84,16 @@ class Call:
         mask = None if self.mask is None else self.mask[:, :, row:]
         return Call(self.query[:, :, row:], self.key, self.value, mask, self.scaling)
 
+    def pick(self, rows: Tensor) -> Call:
+        """Single rows, int64 [R], with a mask of their own."""
+        if self.mask is None:
+            last_seen = rows + (self.keys - self.rows)
+            mask = (torch.arange(self.keys, device=rows.device) <= last_seen[:, None])[None, None]
+        else:
+            mask = self.mask.index_select(2, rows)
+        query = self.query.index_select(2, rows)
+        return Call(query, self.key, self.value, mask, self.scaling)
+
     def part(self, sample: slice, key_heads: slice) -> Call:
         """Some samples and key heads, with the query heads that belong to them."""
         heads = slice(key_heads.start * self.grouping, key_heads.stop * self.grouping)

@@ -1,19 +1,22 @@
 """VAR in an attention call at the speed of SDPA: the exact forms, and which one runs when.
 
-Two forms change the text rows after the image; all rows before them run plain SDPA:
+Two forms change the text rows after the image; all other rows run plain SDPA:
 
 - rows (:mod:`mmlm_efficient.sinks.row_maps`): the map of the changed rows only. Any device and
   dtype.
 - partial sums (:mod:`mmlm_efficient.sinks.partial_sums`): no map; float32 and float64 on a CPU.
 
-Shapes: B samples, H query heads, Hkv key heads, Q query rows of the call, T <= Q changed rows
-(always the last ones), K keys, d head width.
+The rows of later images stand between rows that may change: these are picked out of the call.
+
+Shapes: B samples, H query heads, Hkv key heads, Q query rows of the call, T <= Q rows behind the
+first that may change (always the last ones), K keys, d head width.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -29,6 +32,8 @@ from mmlm_efficient.sinks.row_maps import write_rows
 Form = Literal["rows", "partial_sums"]
 Evaluation = Literal["auto", "rows", "partial_sums"]
 
+# Rows that may change are picked out of those between them up to this share.
+_PICKED_SHARE = 0.5
 # From this size of map on, partial sums are at least as fast on a CPU.
 _ROWS_BYTES = 64 * 2**20
 
@@ -67,6 +72,20 @@ def choose(batch: int, heads: int, rows: int, keys: int, dtype: torch.dtype, dev
     return "rows" if batch * heads * rows * keys * dtype.itemsize <= _ROWS_BYTES else "partial_sums"
 
 
+def worth_picking(changed: int, rows: int) -> bool:
+    """Whether ``attend`` should get the rows that may change one by one.
+
+    Args:
+        changed: rows that may change.
+        rows: all from the first of them to the last row of the call.
+
+    Example:
+        >>> worth_picking(60, 60), worth_picking(68, 2364)
+        (False, True)
+    """
+    return changed <= _PICKED_SHARE * rows
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -79,6 +98,7 @@ def attend(
     scaling: float,
     evaluation: Evaluation = "auto",
     row_chunk: int | None = None,
+    picked: Tensor | None = None,
 ) -> Outcome:
     """One attention call: plain SDPA, and VAR in the rows from ``first_eligible`` on.
 
@@ -93,6 +113,8 @@ def attend(
         scaling: factor of the scores, such as d ** -0.5.
         evaluation: the form; "auto" takes what :func:`choose` says.
         row_chunk: rows of a map at a time; None: as many as fit into 64 MiB.
+        picked: int64 [R], ascending: which of the T rows may change in any sample; the others run
+            plain SDPA. None: all of them; see :func:`worth_picking`.
 
     Returns:
         Outputs of all Q rows; the rest for the T = Q - first_eligible last rows. Where the
@@ -105,23 +127,22 @@ def attend(
     """
     call = Call(query, key, value, mask, scaling)
     _check(call, first_eligible, keys, eligible, row_chunk)
-    if evaluation not in ("auto", "rows", "partial_sums"):
-        raise SettingsError(f'evaluation is {evaluation!r}; give "auto", "rows" or "partial_sums"')
+    _check_evaluation(evaluation, query)
+    if picked is not None and (picked.dtype != torch.long or picked.ndim != 1):
+        raise SettingsError(f"picked is {picked.dtype} {list(picked.shape)}; it must be int64 [R]")
     rows, device = call.rows - first_eligible, query.device.type
+    changed = rows if picked is None else len(picked)
     if evaluation == "auto":
-        shape = (query.shape[0], query.shape[1], rows, call.keys)
+        shape = (query.shape[0], query.shape[1], changed, call.keys)
         evaluation = choose(*shape, query.dtype, device)
     with _no_autocast(device):
-        if rows == 0 or rule.redistribute_fraction == 0 or (device == "cpu" and keys.inert(rule)):
+        idle = changed == 0 or rule.redistribute_fraction == 0
+        if idle or (device == "cpu" and keys.inert(rule)):
             return _untouched(plain_attention(call), rows)
+        late = _Late(call, first_eligible, picked, eligible)
         if evaluation == "partial_sums":
-            return _partial_sums(call, first_eligible, keys, eligible, rule)
-        output = call.empty_output()
-        if first_eligible:
-            output[:, :, :first_eligible] = plain_attention(call.before(first_eligible))
-        late, room = call.after(first_eligible), output[:, :, first_eligible:]
-        decision = write_rows(late, keys.groups(rule), eligible, rule, row_chunk, room)
-    return _outcome(output, decision)
+            return _partial_sums(late, keys, rule)
+        return _rows(late, keys, rule, row_chunk)
 
 
 def rows_form(
@@ -142,12 +163,10 @@ def rows_form(
     """
     call = Call(query, key, value, mask, scaling)
     _check(call, 0, keys, eligible, row_chunk)
-    output = call.empty_output()
     if call.rows == 0:
-        return _untouched(output, 0)
+        return _untouched(call.empty_output(), 0)
     with _no_autocast(query.device.type):
-        decision = write_rows(call, keys.groups(rule), eligible, rule, row_chunk, output)
-    return _outcome(output, decision)
+        return _rows(_Late(call, 0, None, eligible), keys, rule, row_chunk)
 
 
 def partial_sums_form(
@@ -163,27 +182,71 @@ def partial_sums_form(
     """VAR of T rows by partial sums; arguments as in :func:`attend`, with Q = T."""
     call = Call(query, key, value, mask, scaling)
     _check(call, 0, keys, eligible, None)
+    _check_evaluation("partial_sums", query)
     with _no_autocast(query.device.type):
-        return _partial_sums(call, 0, keys, eligible, rule)
+        return _partial_sums(_Late(call, 0, None, eligible), keys, rule)
 
 
-def _partial_sums(call: Call, first: int, keys: Keys, eligible: Tensor, rule: Rule) -> Outcome:
-    """Ordinary attention of all rows; those from ``first`` on are then changed in place."""
-    if call.query.device.type != "cpu":
-        raise UnsupportedError(
-            f'evaluation "partial_sums" runs on the CPU, and the model is on {call.query.device}; '
-            'use "auto" or "rows"'
-        )
-    output, lse = attention_with_lse(call)
-    if first == call.rows or keys.inert(rule):
-        return _untouched(output, call.rows - first)
-    groups, late = keys.groups(rule), call.after(first)
-    room = output[:, :, first:]
-    return _outcome(output, change_rows(late, groups, eligible, rule, room, lse[:, :, first:]))
+@dataclass(frozen=True)
+class _Late:
+    """The rows of a call that may change; see `attend`."""
+
+    whole: Call
+    first: int
+    picked: Tensor | None
+    eligible: Tensor
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.whole.rows - self.first
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Their places among the rows of the call, where they are picked."""
+        return None if self.picked is None else self.picked + self.first
+
+    def call(self) -> tuple[Call, Tensor]:
+        """The call and the eligibility [B, R] of these rows alone."""
+        if self.picked is None or self.index is None:
+            return self.whole.after(self.first), self.eligible
+        return self.whole.pick(self.index), self.eligible.index_select(1, self.picked)
+
+    def outcome(self, output: Tensor, decision: Decision) -> Outcome:
+        """Of all T rows."""
+        if self.picked is not None:
+            decision = decision.spread(self.picked, self.count)
+        return Outcome(output, decision.selected, decision.gain, decision.moved)
 
 
-def _outcome(output: Tensor, decision: Decision) -> Outcome:
-    return Outcome(output, decision.selected, decision.gain, decision.moved)
+def _rows(late: _Late, keys: Keys, rule: Rule, row_chunk: int | None) -> Outcome:
+    """Plain attention, and the map of the late rows."""
+    (call, eligible), groups = late.call(), keys.groups(rule)
+    if late.index is not None:
+        output, room = plain_attention(late.whole), call.empty_output()
+        decision = write_rows(call, groups, eligible, rule, row_chunk, room)
+        output.index_copy_(2, late.index, room)
+        return late.outcome(output, decision)
+    output = late.whole.empty_output()
+    if late.first:
+        output[:, :, : late.first] = plain_attention(late.whole.before(late.first))
+    room = output[:, :, late.first :]
+    return late.outcome(output, write_rows(call, groups, eligible, rule, row_chunk, room))
+
+
+def _partial_sums(late: _Late, keys: Keys, rule: Rule) -> Outcome:
+    """Ordinary attention of all rows; the late ones are then changed."""
+    output, lse = attention_with_lse(late.whole)
+    if late.count == 0 or keys.inert(rule):
+        return _untouched(output, late.count)
+    (call, eligible), groups = late.call(), keys.groups(rule)
+    if late.index is None:
+        room, own = output[:, :, late.first :], lse[:, :, late.first :]
+        return late.outcome(output, change_rows(call, groups, eligible, rule, room, own))
+    room, own = output.index_select(2, late.index), lse.index_select(2, late.index)
+    decision = change_rows(call, groups, eligible, rule, room, own)
+    output.index_copy_(2, late.index, room)
+    return late.outcome(output, decision)
 
 
 def _untouched(output: Tensor, rows: int) -> Outcome:
@@ -197,6 +260,17 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def _check_evaluation(evaluation: Evaluation, query: Tensor) -> None:
+    """Raises an error for a form that is unknown or does not run here."""
+    if evaluation not in ("auto", "rows", "partial_sums"):
+        raise SettingsError(f'evaluation is {evaluation!r}; give "auto", "rows" or "partial_sums"')
+    if evaluation == "partial_sums" and query.device.type != "cpu":
+        raise UnsupportedError(
+            f'evaluation "partial_sums" runs on the CPU, and the model is on {query.device}; '
+            'use "auto" or "rows"'
+        )
 
 
 def _check(call: Call, first: int, keys: Keys, eligible: Tensor, row_chunk: int | None) -> None:

@@ -57,6 +57,7 @@ class Forward:
         offset: keys that a sliding window's cache has dropped: the call's first key is this one.
         keys: flags of the prompt's keys so far, the dropped ones included.
         eligible: bool [B, Q - first], rows that may change.
+        picked: int64 [R], which of these rows may change in any sample, where few do; else None.
     """
 
     past: int
@@ -65,6 +66,7 @@ class Forward:
     offset: int
     keys: Keys
     eligible: Tensor
+    picked: Tensor | None = None
 
     @property
     def cached_keys(self) -> Keys:

@@ -193,6 +193,20 @@ class Decision:
     gain: Tensor
     moved: Tensor
 
+    def spread(self, rows: Tensor, total: int) -> Decision:
+        """These rows at their places among so many, of which the others stay as they are."""
+
+        def placed(part: Tensor, other: float) -> Tensor:
+            room = part.new_full((*part.shape[:2], total), other)
+            return room.index_copy_(2, rows, part)
+
+        return Decision(
+            placed(self.selected, False),
+            placed(self.keep, 1.0),
+            placed(self.gain, 1.0),
+            placed(self.moved, 0.0),
+        )
+
     @classmethod
     def joined(cls, parts: list[Decision], dim: int) -> Decision:
         """Consecutive samples (dim 0), heads (1) or rows (2) as one."""

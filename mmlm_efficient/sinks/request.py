@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmlm_efficient.errors import UnsupportedError
-from mmlm_efficient.sinks.evaluations import Evaluation, attend
+from mmlm_efficient.sinks.evaluations import Evaluation, attend, worth_picking
 from mmlm_efficient.sinks.flags import sink_flags
 from mmlm_efficient.sinks.recorder import Forward, Recorder
 from mmlm_efficient.sinks.redistribution import Keys, Rule
@@ -36,14 +36,17 @@ class _Tables:
         visible: bool, no padding.
         eligible: bool, text behind the sample's first visual token.
         shows: bool [B], whether a sample has visual tokens at all.
-        first: first column that is eligible in some sample; None without visual tokens.
+        columns: those that are eligible in some sample, ascending; on the host.
+        first: the first of them, or the number of columns; None without visual tokens.
     """
 
     visual: Tensor
     visible: Tensor
     eligible: Tensor
     shows: Tensor
+    columns: tuple[int, ...]
     first: int | None
+    _picked: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: PromptLayout, device: torch.device) -> _Tables:
@@ -57,15 +60,35 @@ class _Tables:
                 after[sample, min(starts) :] = True
         eligible = after & visible & ~visual
         shows = visual.any(dim=1)
-        columns = torch.nonzero(eligible.any(dim=0)).flatten().tolist()
+        columns = tuple(torch.nonzero(eligible.any(dim=0)).flatten().tolist())
         first = columns[0] if columns else visible.shape[1]
         return cls(
             visual=visual.to(device),
             visible=visible.to(device),
             eligible=eligible.to(device),
             shows=shows.to(device),
+            columns=columns,
             first=first if bool(shows.any()) else None,
         )
+
+    def picked(self, first: int, end: int) -> Tensor | None:
+        """Which of the columns first to end - 1 may change in any sample.
+
+        Returns:
+            Int64 [R] counted from first, on the device, made once for all layers; None where so
+            many may that picking them would not pay.
+        """
+        width = self.visible.shape[1]
+        if first >= width:
+            return None
+        if (first, end) not in self._picked:
+            found = [column - first for column in self.columns if first <= column < end]
+            found += range(width - first, end - first)
+            index = None
+            if worth_picking(len(found), end - first):
+                index = torch.tensor(found, dtype=torch.long, device=self.visible.device)
+            self._picked[first, end] = index
+        return self._picked[first, end]
 
 
 @dataclass(frozen=True)
@@ -140,8 +163,9 @@ class RedistributionRequest:
         eligible = functional.pad(tables.eligible, (0, max(0, end - width)))
         eligible[:, width:] = tables.shows[:, None]
         rows = _copied(eligible[:, first:end], copies)
-        keys = self._keys[layer]
-        return _LayerWork(self, layer, Forward(past, first - past, width, offset, keys, rows))
+        picked = tables.picked(first, end)
+        forward = Forward(past, first - past, width, offset, self._keys[layer], rows, picked)
+        return _LayerWork(self, layer, forward)
 
     def on_device(self, layer: int, forward: Forward, device: torch.device) -> Forward:
         """A forward's tables where the attention runs: a layer's input may come from elsewhere."""
@@ -149,7 +173,8 @@ class RedistributionRequest:
         if keys.visual.device == device and eligible.device == device:
             return forward
         keys = self._keys[layer] = Keys(keys.visual.to(device), keys.sink.to(device))
-        return replace(forward, keys=keys, eligible=eligible.to(device))
+        picked = None if forward.picked is None else forward.picked.to(device)
+        return replace(forward, keys=keys, eligible=eligible.to(device), picked=picked)
 
     def report(
         self, tokens: Sequence[VisualTokens], layout: PromptLayout
@@ -250,6 +275,7 @@ class _LayerWork:
                 rule=request.rule,
                 scaling=scaling,
                 evaluation=request.evaluation,
+                picked=forward.picked,
             )
         if request.recorder is not None:
             request.recorder.add(

@@ -62,6 +62,16 @@ def test_the_prompt_and_its_sinks(parts: LMMParts) -> None:
         assert int(found.sum()) == SINKS_PER_IMAGE
 
 
+def test_a_prompt_with_text_between_its_pictures(parts: LMMParts) -> None:
+    one = var_models.request(parts, 3, 5, 7, torch.device("cpu"), seed=0, between=2)
+    assert one.ids.shape == (1, 5 + 3 * 576 + 2 * 2 + 7)
+    assert one.first == 5 + 576
+    columns = torch.nonzero(one.eligible(0, one.ids.shape[1])[0]).flatten().tolist()
+    gaps = [5 + 576, 5 + 576 + 1, 5 + 2 * 576 + 2, 5 + 2 * 576 + 3]
+    assert columns == [*gaps, *range(5 + 3 * 576 + 4, 5 + 3 * 576 + 11)]
+    assert one.eligible(one.ids.shape[1], one.ids.shape[1] + 2).all()
+
+
 @pytest.mark.parametrize("name", list(var_models.SHAPES))
 def test_shapes_have_the_stated_heads(name: str) -> None:
     """On the meta device, so that 7B models cost nothing."""
@@ -80,9 +90,10 @@ def test_shapes_have_the_stated_heads(name: str) -> None:
     assert family.max_context >= 35 + 5 * 576 + 60
 
 
-def test_eager_var_without_sinks_is_sdpa(parts: LMMParts) -> None:
+@pytest.mark.parametrize(("images", "between"), [(1, 0), (2, 3)])
+def test_eager_var_without_sinks_is_sdpa(parts: LMMParts, images: int, between: int) -> None:
     stock, mapped = var_models.twin(parts.model), var_models.twin(parts.model)
-    subject = var_subject.Subject(TINY, parts, stock, mapped, 1, seed=0)
+    subject = var_subject.Subject(TINY, parts, stock, mapped, images, 0, between)
     with torch.no_grad():
         logits = {}
         for name, threshold in (("none", 7.99), ("found", subject.threshold)):
@@ -93,6 +104,8 @@ def test_eager_var_without_sinks_is_sdpa(parts: LMMParts) -> None:
     torch.testing.assert_close(logits["none"], plain, atol=1e-4, rtol=0)
     assert (logits["found"] - plain).abs().max() > 1e-3
     torch.testing.assert_close(logits["found"], ours, atol=1e-4, rtol=0)
+    picked = subject._calls()["prefill"].picked
+    assert (None if picked is None else len(picked)) == (3 + 60 if between else None)
 
 
 @pytest.mark.slow
@@ -174,6 +187,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = {
         "tokens": 2975,
         "visual_tokens": 2880,
+        "text_between": 0,
         "changed": {"rows_changed": 0.401},
         "agreement": {"prefill_to_eager": 2.7e-6},
         "model": part,

@@ -30,7 +30,9 @@ class Case:
     rule: Rule
     first: int = 0
 
-    def attend(self, form: Evaluation, row_chunk: int | None = None) -> Outcome:
+    def attend(
+        self, form: Evaluation, row_chunk: int | None = None, picked: Tensor | None = None
+    ) -> Outcome:
         call = self.call
         return attend(
             call.query,
@@ -44,6 +46,7 @@ class Case:
             call.scaling,
             form,
             row_chunk,
+            picked,
         )
 
     def late(self, form: Evaluation, row_chunk: int | None = None) -> Outcome:

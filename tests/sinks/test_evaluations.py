@@ -120,6 +120,16 @@ class TestEqualToTheDefinition:
         assert_equal_to_definition(case, case.late("partial_sums"), late_only=True, terms=3)
         assert_equal_to_definition(case, case.attend("partial_sums"), terms=3)
 
+    @settings(max_examples=200, deadline=None)
+    @given(case=cases(), form=st.sampled_from(FORMS), row_chunk=st.sampled_from([None, 3]))
+    def test_picked_rows(self, case: Case, form: Evaluation, row_chunk: int | None) -> None:
+        picked = torch.nonzero(case.eligible.any(dim=0)).flatten()
+        outcome = case.attend(form, row_chunk, picked)
+        assert_equal_to_definition(case, outcome, terms=3 if form == "partial_sums" else 1)
+        whole = case.attend(form, row_chunk)
+        same = outcome.selected == whole.selected  # others are near a threshold
+        torch.testing.assert_close(outcome.moved * same, whole.moved * same, rtol=0, atol=1e-5)
+
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("seed", range(5))
     def test_a_long_prompt_in_float64(self, form: Evaluation, seed: int) -> None:
@@ -251,6 +261,24 @@ class TestUnchanged:
         assert torch.equal(outcome.output, expected)
         assert not outcome.selected.any()
         assert not outcome.moved.any()
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_rows_that_are_not_picked_are_sdpa(self, form: Evaluation) -> None:
+        case = made(8, batch=2, rows=30)
+        picked = torch.tensor([2, 5, case.eligible.shape[1] - 1])
+        outcome = case.attend(form, None, picked)
+        plain = replace(case, rule=Rule(0.5, 0.2, 0.0)).attend("rows").output
+        others = torch.ones(30, dtype=torch.bool)
+        others[picked + case.first] = False
+        assert outcome.selected[:, :, picked].any()
+        assert not outcome.selected[:, :, others[case.first :]].any()
+        assert torch.equal(outcome.output[:, :, others], plain[:, :, others])
+        everywhere = case.attend(form)
+        torch.testing.assert_close(
+            outcome.output[:, :, ~others], everywhere.output[:, :, ~others], atol=2e-6, rtol=0
+        )
+        with pytest.raises(SettingsError, match="picked is"):
+            case.attend(form, None, picked.float())
 
     @pytest.mark.parametrize("form", FORMS)
     def test_unselected_rows_keep_every_bit(self, form: Evaluation) -> None:
