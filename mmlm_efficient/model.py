@@ -174,6 +174,8 @@ class EfficientLMM:
         chosen = as_methods(methods)
         check_methods(chosen)
         check_family(chosen, self._parts.family, self._parts.identity)
+        if any("attention" in method.owned_stations for method in chosen):
+            self._parts.attention.check_backend()
         return chosen
 
     # Questions and answers

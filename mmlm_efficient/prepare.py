@@ -95,6 +95,13 @@ class LMMParts:
         """
         self.layer.check_open()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LMMParts:
+        """Refused: the hooks of a copied model would go on asking this object's stations."""
+        raise UnsupportedError(
+            "an EfficientLMM cannot be copied: its hooks belong to one model object. Copy the "
+            "model and make a new one: EfficientLMM(copy.deepcopy(lmm.model), lmm.processor)"
+        )
+
     def __enter__(self) -> LMMParts:
         return self
 

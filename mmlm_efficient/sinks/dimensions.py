@@ -18,25 +18,27 @@ import shlex
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import Identity
+from mmlm_efficient.names import POCKET
 from mmlm_efficient.sinks.fingerprint import Fingerprint, signs_digest
 from mmlm_efficient.sinks.flags import checked_dims, checked_threshold
 from mmlm_efficient.sinks.profiles import SinkProfile, built_in, named_profile
 
 logger = logging.getLogger("mmlm_efficient.sinks")
 
+_Versions: TypeAlias = "tuple[tuple[int, int], ...]"
 Status = Literal["code", "paper", "literature", "unconfirmed"]
 # Added tokens that a vocabulary may have beyond the language model's own.
 _ADDED_TOKENS = 64
 # Models that a doubt was told of.
 _warned: set[tuple[str, str]] = set()
-# A digest reads all over the weights: once for each model.
-_digests: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# A digest reads all over the weights: once for each model, and again when they were changed.
+_digests: weakref.WeakKeyDictionary[nn.Module, tuple[_Versions, str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -306,11 +308,17 @@ def _sinks_of(
 
 
 def weights_of(model: nn.Module) -> str:
-    """`signs_digest`, computed once for each model object."""
-    digest = _digests.get(model)
-    if digest is None:
-        digest = _digests[model] = signs_digest(model)
-    return digest
+    """`signs_digest`, computed once for each model object and state of its weights."""
+    versions = tuple((id(one), _version(one)) for one in model.parameters())
+    known = _digests.get(model)
+    if known is None or known[0] != versions:
+        known = _digests[model] = (versions, signs_digest(model))
+    return known[1]
+
+
+def _version(parameter: Tensor) -> int:
+    """How often a parameter was written to, through torch."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _own_profile(subject: _Subject) -> SinkProfile | None:
@@ -348,10 +356,11 @@ def _unknown(subject: _Subject, reported: Backbone | None) -> str:
             f" (of {reported.models}, {list(reported.dims)} is reported, but nobody confirmed it: "
             f"{reported.source})"
         )
+    images = POCKET if subject.name == POCKET else "FOLDER"
     return (
         f"sink_dims='auto': the sink dimensions of {subject.name!r} are not known "
         f"({Fingerprint.of(subject.config)}){doubt}. Find them with: mmlm calibrate sinks --model "
-        f"{shlex.quote(subject.name)} --images FOLDER, and give the profile that it writes as "
+        f"{shlex.quote(subject.name)} --images {images}, and give the profile that it writes as "
         "sink_dims='FILE.yaml'; or give dimensions that you know, such as sink_dims=[12, 345]"
     )
 

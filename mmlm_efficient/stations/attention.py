@@ -182,7 +182,7 @@ class AttentionStation:
 
         Raises:
             UnsupportedError: the station is or was closed meanwhile, or another attention
-                implementation was chosen.
+                implementation was chosen before or meanwhile.
         """
         module, config = self._parts.module, self._parts.config
         with _LOCK:
@@ -196,6 +196,12 @@ class AttentionStation:
         with activate(self, request):
             yield
         self.check_open()
+        if config._attn_implementation != NAME:
+            raise UnsupportedError(
+                f"attn_implementation was changed to {config._attn_implementation!r} while a "
+                "request ran that works at the attention station, so that it did not. Change it "
+                "between requests."
+            )
 
     def _enter(self, layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

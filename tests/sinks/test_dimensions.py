@@ -3,6 +3,7 @@ given ones; never another model's."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,20 @@ def test_a_built_in_profile_is_found_by_its_weights(folder: Path) -> None:
         sinks_for(other, identity)
 
 
+def test_weights_that_were_changed_are_other_weights(folder: Path) -> None:
+    model, identity = tiny.tiny_llava(), Identity("m", "llava", 4, 32, 6)
+    before = copy.deepcopy(model.state_dict())
+    write_profile(profile_of(model), folder / "before.yaml")
+    assert sinks_for(model, identity).dims == (5, 11)
+    model.load_state_dict(tiny.tiny_llava(seed=1).state_dict())
+    with pytest.raises(SettingsError, match="other weights"):
+        sinks_for(model, identity, "before")
+    with pytest.raises(SettingsError, match="mmlm calibrate sinks"):
+        sinks_for(model, identity)
+    model.load_state_dict(before)
+    assert sinks_for(model, identity).dims == (5, 11)
+
+
 def test_a_profile_wins_over_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = llava(**LLAMA["7b"])
     model = torch.nn.Linear(2, 2)
@@ -231,9 +246,16 @@ def test_a_profile_wins_over_the_table(folder: Path, monkeypatch: pytest.MonkeyP
     assert sinks_for(model, identity).dims == (1415, 2533)
 
 
-def test_shipped_profiles_can_be_read() -> None:
-    for name in profiles.built_in():
-        assert named_profile(name).dims
+def test_built_in_profiles_are_the_yaml_files_of_a_folder(folder: Path) -> None:
+    assert profiles.built_in() == {}
+    with pytest.raises(SettingsError, match=r"'b' is neither a file .* Built in: none\."):
+        named_profile("b")
+    made = {name: profile_of(tiny.tiny_llava(), dims=(place,)) for place, name in enumerate("ba")}
+    for name, profile in made.items():
+        write_profile(profile, folder / f"{name}.yaml")
+    (folder / "notes.txt").touch()
+    assert list(profiles.built_in()) == ["a", "b"]
+    assert {name: named_profile(name) for name in made} == made
 
 
 def test_an_unknown_name_names_the_built_in_ones(folder: Path) -> None:
