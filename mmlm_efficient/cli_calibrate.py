@@ -6,12 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from mmlm_efficient.cli_paths import check_folder, reason
 from mmlm_efficient.errors import MMLMError, SettingsError, require_extra
+
+if TYPE_CHECKING:
+    from mmlm_efficient.sinks.profiles import SinkProfile
 
 app = typer.Typer(
     help="Find out what a method needs to know about a model.",
@@ -224,31 +227,27 @@ def sinks(
         write_png(picture, drawn)
     except OSError as error:  # such as a full disk
         raise MMLMError(f"--out {target}: cannot be written ({reason(error)}).") from error
-    profile = result.profile
-    summary: dict[str, Any] = {
-        "profile": str(target),
-        "picture": str(picture),
-        "samples": len(found),
-        **profile.model_dump(
-            mode="json",
-            include={
-                "model",
-                "dims",
-                "threshold",
-                "visual_only",
-                "attention_ratio",
-                "warnings",
-                "layers",
-            },
-        ),
-    }
+    _tell_sinks(result.profile, len(found), target, picture, as_json)
+
+
+def _tell_sinks(
+    profile: SinkProfile, samples: int, target: Path, picture: Path, as_json: bool
+) -> None:
+    """What was found, for people or scripts."""
     if as_json:
+        shown = {"model", "dims", "threshold", "visual_only", "attention_ratio", "warnings"}
+        summary: dict[str, Any] = {
+            "profile": str(target),
+            "picture": str(picture),
+            "samples": samples,
+            **profile.model_dump(mode="json", include={*shown, "layers"}),
+        }
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return
     ratio = profile.attention_ratio
     sys.stdout.write(
         f"sink dimensions {', '.join(map(str, profile.dims))} at the threshold "
-        f"{profile.threshold:.4g}, {len(found)} prompts\n"
+        f"{profile.threshold:.4g}, {samples} prompts\n"
         f"attention to visual sinks over other visual tokens: "
         f"{'unknown' if ratio is None else f'{ratio:.3g}'}\n"
         + "".join(f"warning: {warning}\n" for warning in profile.warnings)

@@ -5,6 +5,7 @@ Everything stays on the model's device until somebody asks, so that no layer wai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,29 @@ class Forward:
         return Keys(self.keys.visual[:, self.offset :], self.keys.sink[:, self.offset :])
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive rows of the prompts: eligible [B, T], selected, moved and gain [B, H, T]."""
+
+    eligible: Tensor
+    selected: Tensor
+    moved: Tensor
+    gain: Tensor
+
+    def until(self, row: int) -> _Piece:
+        """The rows before this one."""
+        parts = (self.eligible, self.selected, self.moved, self.gain)
+        return _Piece(*(part[..., :row] for part in parts))
+
+    @classmethod
+    def joined(cls, pieces: Sequence[_Piece], sample: int) -> _Piece:
+        """Of one row of the batch."""
+        names = ("eligible", "selected", "moved", "gain")
+        return cls(
+            *(torch.cat([getattr(one, name)[sample] for one in pieces], dim=-1) for name in names)
+        )
+
+
 @dataclass
 class _Layer:
     """What is known of a layer since its prefill began.
@@ -84,7 +108,7 @@ class _Layer:
         layout: the prompt as it entered the layer.
         copies: rows of the batch per prompt.
         keys: of the prompt.
-        pieces: eligible [B, T], selected, moved and gain [B, H, T] of prompt rows, in order.
+        pieces: rows of the prompt that may change, in order.
         origin: column of their first row.
         generated: selected [B, H] of each generated token, by its place behind the prompt.
         before, after: [B, H, 1, N] attention of the prompt's last row.
@@ -93,7 +117,7 @@ class _Layer:
     layout: PromptLayout
     copies: int
     keys: Keys | None = None
-    pieces: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    pieces: list[_Piece] = field(default_factory=list)
     origin: int = 0
     generated: dict[int, Tensor] = field(default_factory=dict)
     before: Tensor | None = None
@@ -136,8 +160,7 @@ class Recorder:
                 one.origin = start
             # Rows that run again behind a crop of the cache replace what they were.
             one.pieces = _first_rows(one.pieces, start - one.origin)
-            parts = (eligible, selected, moved, gain)
-            one.pieces.append(tuple(part[..., :inside] for part in parts))  # type: ignore[arg-type]
+            one.pieces.append(_Piece(eligible, selected, moved, gain).until(inside))
         for row in range(inside, eligible.shape[1]):
             one.generated[start + row - forward.width] = selected[..., row]
         if forward.past < forward.width:
@@ -167,17 +190,15 @@ class Recorder:
         )
 
 
-def _first_rows(
-    pieces: list[tuple[Tensor, Tensor, Tensor, Tensor]], count: int
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _first_rows(pieces: list[_Piece], count: int) -> list[_Piece]:
     """The pieces that hold the first rows, the last of them cut to fit."""
     kept = []
     for piece in pieces:
         if count <= 0:
             break
-        kept.append((piece[0][..., :count], *(part[..., :count] for part in piece[1:])))
-        count -= piece[0].shape[-1]
-    return kept  # type: ignore[return-value]
+        kept.append(piece.until(count))
+        count -= piece.eligible.shape[-1]
+    return kept
 
 
 def _add_last_row(
@@ -240,12 +261,11 @@ def _stats(layer: int, one: _Layer, keys: Keys, sample: int) -> LayerStats:
     columns = torch.nonzero(visual).flatten()
     eligible, by_head, moved, gain = 0, [0], 0.0, 1.0
     if one.pieces:
-        parts = [torch.cat([piece[n][row] for piece in one.pieces], dim=-1) for n in range(4)]
-        selected = parts[1]
-        eligible = int(parts[0].sum()) * selected.shape[0]
-        by_head = selected.sum(dim=-1).tolist()
-        moved = float(parts[2][selected].mean()) if any(by_head) else 0.0
-        gain = float(parts[3].max())
+        rows = _Piece.joined(one.pieces, row)
+        eligible = int(rows.eligible.sum()) * rows.selected.shape[0]
+        by_head = rows.selected.sum(dim=-1).tolist()
+        moved = float(rows.moved[rows.selected].mean()) if any(by_head) else 0.0
+        gain = float(rows.gain.max())
     before, after = (_shown(part, row, columns) for part in (one.before, one.after))
     generated = [] if one.copies > 1 else [one.generated[n][row] for n in sorted(one.generated)]
     return LayerStats(
