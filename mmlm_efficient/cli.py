@@ -98,9 +98,10 @@ def ask(
         list[str] | None,
         typer.Option(
             "--method-set",
-            metavar="NAME=VALUE",
-            help="Any setting of the --method, such as position_ids=original or seed=3; repeat "
-            "it for several. mmlm methods lists them.",
+            metavar="[NAME.]FIELD=VALUE",
+            help="Any setting of the --method, such as position_ids=original or seed=3; with "
+            "several methods NAME says of which, such as var.sink_dims=1415,2533. Repeat it for "
+            "several settings. mmlm methods lists them.",
         ),
     ] = None,
     keep_tokens: Annotated[
@@ -206,9 +207,6 @@ def _methods(
     names: list[str] | None, budget: dict[str, Any], pairs: list[str] | None
 ) -> list[Any] | None:
     """What --method says, with the settings that other options add to it."""
-    from mmlm_efficient.pruning.registry import method_class
-    from mmlm_efficient.settings import parse_method
-
     budget = {name: value for name, value in budget.items() if value is not None}
     added = _assignments("--method-set", pairs, "position_ids=original")
     if not budget and not added:
@@ -218,18 +216,70 @@ def _methods(
             f"--{next(iter(budget)).replace('_', '-')}: belongs to one --method without a budget "
             "of its own, such as --method flowcut --keep-tokens 36."
         )
-    if names is None or len(names) != 1:
+    if names is None:
         raise SettingsError(
-            "--method-set: belongs to one --method, such as --method flowcut:36 "
+            "--method-set: belongs to a --method, such as --method flowcut:36 "
             "--method-set position_ids=original."
         )
-    name, colon, _ = names[0].partition(":")
+    settings = _by_method([name.partition(":")[0].strip() for name in names], added)
+    return [
+        _with_settings(name, budget, own) if budget or own else name
+        for name, own in zip(names, settings, strict=True)
+    ]
+
+
+def _with_settings(text: str, budget: dict[str, Any], added: dict[str, Any]) -> Method:
+    """The method of one --method, with a budget of its own or another option's, and settings."""
+    from mmlm_efficient.pruning.registry import method_class
+    from mmlm_efficient.settings import parse_method
+
+    name, colon, _ = text.partition(":")
     if colon:
-        method = parse_method(names[0])
+        method = parse_method(text)
         budget = {field: getattr(method, field) for field in method.model_fields_set}
     for field in budget.keys() & added.keys():
         raise SettingsError(f"--method-set {field}: is given twice. Leave one of them out.")
-    return [method_class(name.strip())(**budget, **added)]
+    return method_class(name.strip())(**budget, **added)
+
+
+def _by_method(names: list[str], added: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings FIELD and NAME.FIELD of --method-set, for each method."""
+    from mmlm_efficient.errors import nearest
+
+    settings: list[dict[str, Any]] = [{} for _ in names]
+    for key, value in added.items():
+        name, dot, field = key.rpartition(".")
+        if dot and not (name and field):
+            raise SettingsError(f"--method-set {key!r}: write NAME.FIELD=VALUE or FIELD=VALUE.")
+        if not dot and len(names) > 1:
+            raise SettingsError(
+                f"--method-set {field}: there are several methods. Name the one that it belongs "
+                f"to: --method-set {_named_forms(names, field)}."
+            )
+        places = [place for place, one in enumerate(names) if not dot or one == name]
+        if not places:
+            close = nearest(name, names)
+            hint = f" Did you mean {close!r}?" if close else ""
+            raise SettingsError(
+                f"--method-set {key}: {name!r} is not among the --method options.{hint} Given: "
+                f"{', '.join(names)}."
+            )
+        if len(places) > 1:
+            raise SettingsError(
+                f"--method-set {key}: there are {len(places)} methods {name!r}. Give one of them."
+            )
+        if field in settings[places[0]]:
+            raise SettingsError(f"--method-set {field}: is given twice. Leave one of them out.")
+        settings[places[0]][field] = value
+    return settings
+
+
+def _named_forms(names: list[str], field: str) -> str:
+    """How to write a setting of one of several methods: of those that have it, if any."""
+    from mmlm_efficient.pruning.registry import method_class
+
+    own = [name for name in names if field in method_class(name).model_fields]
+    return " or ".join(f"{name}.{field}=VALUE" for name in dict.fromkeys(own or names))
 
 
 def _generation(pairs: list[str] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmlm_efficient import RandomPruning, cli
+from mmlm_efficient import VAR, RandomPruning, cli
 from tests.clips import write_clip
 from tests.command import Run, runner
 from tests.original_llava.sources import (
@@ -77,12 +77,13 @@ def test_ask_about_several_images_with_a_plot(
     assert Image.open(plot).size[0] > 100
 
 
-VAR = ("--method", "var", SET, "sink_dims=[3, 11]", SET, "sink_threshold=1.2")
-VAR += (SET, "min_nonsink_ratio=0.2", SET, "min_image_mass=0.0", SET, "first_layer=1")
+SINKS = ("sink_dims=3,11", "sink_threshold=1.2", "min_nonsink_ratio=0.2", "min_image_mass=0.0")
+SINKS += ("first_layer=1",)
 
 
 def test_ask_with_var(mmlm: Run, model: Path, image: Path, tmp_path: Path) -> None:
-    common = ("ask", "--model", model, "--image", image, *QUESTION, *VAR, "--json")
+    var = ("--method", "var", *(part for one in SINKS for part in (SET, one)))
+    common = ("ask", "--model", model, "--image", image, *QUESTION, *var, "--json")
     assert json.loads(mmlm(*common).out)["redistribution"] == []
     one = json.loads(mmlm(*common, SET, "return_stats=true").out)
     assert [layer["layer"] for layer in one["redistribution"]] == [1, 2]
@@ -187,6 +188,36 @@ def test_position_ids_reach_the_method() -> None:
     assert method == RandomPruning(keep_tokens=9, position_ids="original", seed=4)
 
 
+def test_settings_are_given_to_several_methods() -> None:
+    def methods(*names: str, to: str) -> list[Any] | None:
+        return cli._methods(list(names), {}, to.split())
+
+    var, random = VAR(sink_dims=[1415, 2533], layers=[5]), RandomPruning(keep_tokens=9, seed=4)
+    settings = "var.sink_dims=1415,2533 random.seed=4 var.layers=5"
+    assert methods("var", "random:9", to=settings) == [var, random]
+    # What has no setting of its own stays as it is; a budget may be a setting.
+    assert methods("random:9", "none", "var", to="var.sink_dims=85") == [
+        "random:9",
+        "none",
+        VAR(sink_dims=[85]),
+    ]
+    half = RandomPruning(keep_ratio=0.5)
+    assert methods("random", "none", to="random.keep_ratio=0.5") == [half, "none"]
+    # The name may stand before the field of a single method, too.
+    assert methods("random:9", to="random.seed=4") == [random]
+
+
+def test_ask_sets_var_beside_a_pruning_method(mmlm: Run, model: Path, image: Path) -> None:
+    named = [part for one in SINKS for part in (SET, f"var.{one}")]
+    chosen = ("--method", "random:9", "--method", "var", *named, SET, "random.seed=3")
+    common = ("ask", "--model", model, "--image", image, *QUESTION, "--json")
+    answer = json.loads(mmlm(*common, *chosen, SET, "var.return_stats=true").out)
+    assert answer["methods"] == ["random", "var"]
+    alone = json.loads(mmlm(*common, "--method", "random:9", SET, "seed=3").out)
+    assert answer["images"] == alone["images"]
+    assert set(answer["redistribution"][0]["sinks"]["0"]) <= set(answer["images"][0]["kept"])
+
+
 @pytest.mark.parametrize("output", ["--json", "--stream", None])
 def test_ask_answers_though_the_plot_fails(
     mmlm: Run,
@@ -278,12 +309,36 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--set", "nonsense"), 2, "NAME=VALUE"),
         (("--set", "top_k=2020-13-45"), 2, "--set top_k=2020-13-45: the value is not valid YAML"),
         (("--set", "top_k=" + "[" * 2000), 2, "the value is not valid YAML"),
-        ((SET, "seed=3"), 2, "--method-set: belongs to one --method"),
+        ((SET, "seed=3"), 2, "--method-set: belongs to a --method"),
         (
-            ("--method", "random:4", "--method", "flowcut:4", SET, "seed=3"),
+            ("--method", "flowcut:4", "--method", "random:4", SET, "seed=3"),
             2,
-            "--method-set: belongs to one --method",
+            "--method-set seed: there are several methods. Name the one that it belongs to: "
+            "--method-set random.seed=VALUE.",
         ),
+        (
+            ("--method", "none", "--method", "flowcut:4", SET, "sed=3"),
+            2,
+            "--method-set none.sed=VALUE or flowcut.sed=VALUE.",
+        ),
+        (("--method", "random:4", SET, "uniform.seed=3"), 2, "'uniform' is not among the --method"),
+        (("--method", "random:4", SET, "randon.seed=3"), 2, "Did you mean 'random'? Given: random"),
+        (
+            ("--method", "random:4", SET, "random.sed=3"),
+            2,
+            "random: unknown setting 'sed'",
+        ),
+        (("--method", "random:4", SET, "random.=3"), 2, "'random.': write NAME.FIELD=VALUE"),
+        (("--method", "random:4", SET, ".seed=3"), 2, "'.seed': write NAME.FIELD=VALUE"),
+        (("--method", "random:4", SET, "seed=1", SET, "random.seed=2"), 2, "seed: is given twice"),
+        (
+            ("--method", "random:4", "--method", "random:8", SET, "random.seed=3"),
+            2,
+            "--method-set random.seed: there are 2 methods 'random'",
+        ),
+        (("--method", "vra", SET, "vra.seed=3"), 2, "unknown method 'vra', did you mean 'var'"),
+        (("--method", "var", SET, "var.mu=0.2"), 2, "The paper's mu is min_image_mass"),
+        (("--method", "var", SET, "sink_dims=[true]"), 2, "sink_dims must be one or more"),
         (("--method", "random:4", SET, "seed"), 2, "--method-set seed: write NAME=VALUE"),
         (("--method", "random:4", SET, "seed=[3"), 2, "--method-set seed=[3: the value"),
         (("--method", "random:4", SET, "sed=3"), 2, "did you mean 'seed'"),
@@ -347,6 +402,12 @@ def test_help_shows_an_example(mmlm: Run, command: tuple[str, ...]) -> None:
     result = mmlm(*command, "--help")
     assert result.code == 0
     assert "Example: mmlm" in result.out
+
+
+def test_help_shows_how_to_set_one_of_several_methods(mmlm: Run) -> None:
+    words = " ".join(mmlm("ask", "--help").out.replace("│", " ").split())
+    assert "[NAME.]FIELD=VALUE" in words
+    assert "var.sink_dims=1415,2533" in words
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:

@@ -464,7 +464,7 @@ def _explained(method: type[Method], error: ValidationError) -> str:
             hint = nearest(field, method.model_fields)
             lines.append(
                 f"unknown setting '{field}'"
-                + (f", did you mean '{hint}'?" if hint is not None else "")
+                + (f", did you mean '{hint}'?" if hint is not None else ".")
                 + f" Valid: {', '.join(method.model_fields)}."
             )
         elif detail["type"] == "value_error":

@@ -50,6 +50,6 @@ def method_class(name: str) -> type[Method]:
     hint = nearest(name, METHODS)
     raise SettingsError(
         f"unknown method '{name}'"
-        + (f", did you mean '{hint}'?" if hint is not None else "")
+        + (f", did you mean '{hint}'?" if hint is not None else ".")
         + f" Known methods: {', '.join(METHODS)}."
     )

@@ -1,7 +1,8 @@
 """Sink profiles: the sink dimensions that a calibration found for one model, as a YAML file.
 
-``mmlm calibrate sinks`` writes them. Those that belong to this package lie in
-``configs/profiles/sinks`` and are found by the weights that they were made with.
+``mmlm calibrate sinks`` writes them. ``configs/profiles/sinks`` is the folder of those that belong
+to this package, found by their name or by the weights that they were made with; none is shipped
+yet, and the folder need not exist.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class SinkProfile(BaseModel):
 
 
 def built_in() -> dict[str, Path]:
-    """The sink profiles of this package by name."""
+    """The sink profiles of this package by name; empty as long as none is shipped."""
     folder = preset_folder("profiles") / KIND
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 

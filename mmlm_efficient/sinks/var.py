@@ -13,7 +13,10 @@ code's rho and p are 1 minus these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import numbers
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -48,8 +51,11 @@ _PAPER_NAMES = {
     "rho": "The paper's rho is min_nonsink_ratio; the released code's rho is 1 minus it.",
     "p": "The paper's p is redistribute_fraction; the released code's p is 1 minus it.",
     "tau": "The paper's tau is sink_threshold.",
+    "mu": "The paper's mu is min_image_mass.",
     "summ": "The released code's summ is min_image_mass.",
 }
+# Text that is meant as numbers, not as the name of a calibration: one number, or a comma between.
+_NUMBERS = re.compile(r"\s*[+-]?[0-9]+\s*|[0-9+\-.\s]*,[0-9+\-.,\s]*")
 
 
 class VAR(Method):
@@ -94,8 +100,8 @@ class VAR(Method):
     )
     sink_dims: str | tuple[int, ...] = Field(
         "auto",
-        description="dimensions of massive activations; a calibration's name or path; or "
-        "auto: the known ones of the language model",
+        description="dimensions of massive activations, such as 1415,2533; a calibration's name or "
+        "path; or auto: the known ones of the language model",
     )
     sink_threshold: float | None = Field(
         None,
@@ -113,7 +119,10 @@ class VAR(Method):
     layers: tuple[int, ...] | None = Field(
         None, description="decoder layers that change, instead of first_layer and skip_last_layer"
     )
-    evaluation: Evaluation = Field("auto", description="form of the changed rows; all are exact")
+    evaluation: Evaluation = Field(
+        "auto",
+        description="form of the changed rows; exact, partial_sums in float32 and float64 only",
+    )
     return_stats: bool = Field(
         False, description="report sinks, changed rows and attention to the image, by layer"
     )
@@ -127,25 +136,31 @@ class VAR(Method):
         chosen = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         super().__init__(**{**chosen, **settings})
 
-    @field_validator("sink_dims")
+    @field_validator("sink_dims", mode="before")
     @classmethod
-    def _check_dims(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        numbers = () if isinstance(value, str) else value
-        if not value or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
+    def _check_dims(cls, value: Any) -> str | tuple[int, ...]:
+        if isinstance(value, os.PathLike):
+            value = str(value)
+        if isinstance(value, str) and value and not _NUMBERS.fullmatch(value):
+            return value
+        dims = _different_integers(value)
+        if dims is None:
             raise ValueError(
-                "sink_dims must be one or more different integers >= 0, a calibration or 'auto', "
-                f"got {value if isinstance(value, str) else list(value)!r}"
+                "sink_dims must be one or more different integers >= 0, such as [1415, 2533], the "
+                f"name or path of a calibration, or 'auto', got {value!r:.80}"
             )
-        return value
+        return dims
 
-    @field_validator("layers")
+    @field_validator("layers", mode="before")
     @classmethod
-    def _check_layers(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or min(value) < 0 or len(set(value)) < len(value)):
+    def _check_layers(cls, value: Any) -> tuple[int, ...] | None:
+        layers = None if value is None else _different_integers(value)
+        if layers is None and value is not None:
             raise ValueError(
-                f"layers must be one or more different numbers >= 0, got {list(value)}"
+                "layers must be one or more different numbers of layers (integers >= 0, such as "
+                f"[2, 3]) or None, got {value!r:.80}"
             )
-        return value
+        return layers
 
     @model_validator(mode="after")
     def _check_rule(self) -> Self:
@@ -234,3 +249,23 @@ class VAR(Method):
             self.evaluation,
             Recorder() if self.return_stats else None,
         )
+
+
+def _different_integers(value: Any) -> tuple[int, ...] | None:
+    """Integers >= 0 from one, a list, or text with commas; None where it is anything else."""
+    if isinstance(value, str):
+        parts = value.split(",")
+        # Nine digits: more is no dimension, and Python refuses to read thousands of them.
+        readable = all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) for part in parts)
+        value = [int(part) for part in parts] if readable else None
+    elif hasattr(value, "tolist"):  # arrays and tensors
+        value = value.tolist()
+    if isinstance(value, numbers.Integral):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+        return None
+    given = list(value)
+    if any(isinstance(one, bool) or not isinstance(one, numbers.Integral) for one in given):
+        return None
+    found = tuple(int(one) for one in given)
+    return found if found and min(found) >= 0 and len(set(found)) == len(found) else None

@@ -47,7 +47,7 @@ BUDGETED: list[type[PruningMethod]] = [FlowCut, RandomPruning, UniformPruning]
         ({"keep_ratio": [0.5, -1]}, "got -1"),
         ({"keep_tokens": 4, "position_ids": "both"}, "position_ids: .*'compact' or 'original'"),
         ({"keep_token": 4}, "unknown setting 'keep_token', did you mean 'keep_tokens'"),
-        ({"keep_tokens": 4, "frobnicate": 1}, "unknown setting 'frobnicate' Valid: keep_tokens"),
+        ({"keep_tokens": 4, "frobnicate": 1}, "unknown setting 'frobnicate'. Valid: keep_tokens"),
     ],
 )
 def test_refused(method: type[PruningMethod], settings: dict[str, Any], message: str) -> None:

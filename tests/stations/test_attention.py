@@ -126,7 +126,7 @@ def test_rows_and_attention_are_the_official_codes(
         logits_of(model, golden, WHOLE, golden[f"{variant}__tokens"])
     expected = torch.from_numpy(golden[f"{variant}__selected_prefill"])
     for layer in VARIANTS[variant]:
-        selected = torch.cat([piece[1] for piece in recorder.layers[layer].pieces], dim=2)[0].long()
+        selected = torch.cat([piece.selected for piece in recorder.layers[layer].pieces], dim=2)[0].long()
         assert selected.tolist() == expected[layer][:, IMAGE.stop :].tolist()
     for stats in recorder.stats(0):
         attention = torch.from_numpy(golden[f"{variant}__attn_prefill"])[stats.layer]
