@@ -354,7 +354,8 @@ def _draw(answer: Answer, images: list[Path], clip: Video | None, path: Path, fi
 
         for place, one in enumerate(shown):
             target = sinks.with_stem(f"{sinks.stem}_{place + 1}") if place else sinks
-            attention_panel(one, answer.report, target, names, image=place, fit=fit)
+            title = names if len(shown) == 1 else f"{names}: picture {place + 1} of {len(shown)}"
+            attention_panel(one, answer.report, target, title, image=place, fit=fit)
             Console(stderr=True).print(f"drew {target}", style="dim")
 
 

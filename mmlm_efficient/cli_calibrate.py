@@ -193,12 +193,17 @@ def sinks(
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 42,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="int8 or nf4: for the model with these weights, not the plain one."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Find the hidden dimensions in which a model's attention sinks are massive, for VAR."""
     chosen = _dims(dims)
     name = model.rstrip("/").rpartition("/")[2]
+    name = name if quantization is None else f"{name}-{quantization}"
     target = Path(os.path.expanduser(out or Path(f"outputs/sinks-{name}.yaml")))
     _check_target(target)
     _check_own(target)
@@ -219,7 +224,8 @@ def sinks(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with load(model, device=device, dtype=dtype) as lmm:
+    weights: Any = quantization  # `load` refuses what it does not know
+    with load(model, device=device, dtype=dtype, quantization=weights) as lmm:
         result = calibrate_sinks(lmm, found, threshold=threshold, dims=chosen)
     try:
         drawn = plot_sinks(result)

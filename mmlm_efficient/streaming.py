@@ -114,5 +114,6 @@ class AnswerStream:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_thread"):  # the constructor may have failed before it
+        # The constructor may have failed before it; at the interpreter's exit the module is empty.
+        if hasattr(self, "_thread") and self._thread.is_alive() and threading is not None:
             self.close()

@@ -93,3 +93,13 @@ def test_an_error_while_generating_reaches_the_reader(lmm: EfficientLMM) -> None
         list(stream)
     assert list(stream) == []
     assert no_stream_threads()
+
+
+def test_a_stream_that_outlives_the_module(
+    lmm: EfficientLMM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the interpreter's exit modules are emptied before the last objects go."""
+    stream = lmm.stream(QUESTION, picture(), max_new_tokens=2)
+    assert list(stream)
+    monkeypatch.setattr("mmlm_efficient.streaming.threading", None)
+    stream.__del__()

@@ -339,11 +339,13 @@ def _checked(source: str, subject: _Subject) -> SinkProfile:
     profile = named_profile(source)
     weights = profile.weights if subject.weights is None else subject.weights()
     mismatch = profile.mismatch(Fingerprint.of(subject.config), weights)
+    packed = getattr(subject.config, "quantization_config", None) is not None
     if mismatch is not None:
         raise SettingsError(
-            f"sink_dims: the profile {source!r} is of another model: {mismatch}. Make one for "
-            "this model with mmlm calibrate sinks, or give the dimensions themselves, such as "
-            f"sink_dims={list(profile.dims)}"
+            f"sink_dims: the profile {source!r} is of another model: {mismatch}"
+            f"{'. This model is quantized: its weights are others' if packed else ''}. Make one "
+            f"for this model with mmlm calibrate sinks{' --quantization' if packed else ''}, or "
+            f"give the dimensions themselves, such as sink_dims={list(profile.dims)}"
         )
     return profile
 

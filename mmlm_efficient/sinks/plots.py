@@ -233,6 +233,7 @@ class _Part:
             sheet.text(left + pixels.shape[1] / 2, below, caption, align="center")
             left += pixels.shape[1] + MARGIN_PX
         _bar(sheet, left, above, self.large[0].shape[0], self.most)
+        sheet.text(left, below, "root scale")
         if self.small:
             self._draw_heads(sheet, top + self._large_height, left)
 

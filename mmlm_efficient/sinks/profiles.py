@@ -120,7 +120,8 @@ def named_profile(source: str) -> SinkProfile:
         close = nearest(source, own)
         hint = f" Did you mean {close!r}?" if close else ""
         raise SettingsError(
-            f"sink profile: {source!r} is neither a file nor a built-in profile.{hint} Built in: "
+            f"sink profile: {source!r} is neither a file ({path.absolute()} is not there) nor a "
+            f"built-in profile.{hint} Built in: "
             f"{', '.join(own) or 'none'}. Make one with: mmlm calibrate sinks"
         )
     path = path.resolve()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mmlm_efficient import load
+from mmlm_efficient import VAR, load
+from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.sinks.dimensions import sinks_for
 from mmlm_efficient.sinks.profiles import named_profile
 from tests.command import Run, runner
@@ -48,6 +49,21 @@ def test_a_profile_and_a_picture_are_written(run: Run, tmp_path: Path) -> None:
     assert run("calibrate", "sinks", "--images", "pocket", "--samples", 8, "--out", out).code == 0
     again = named_profile(str(out))
     assert (again.dims, again.layers) == (profile.dims, profile.layers)
+
+
+def test_quantized_weights_have_a_profile_of_their_own(run: Run, tmp_path: Path) -> None:
+    calibrate = ("calibrate", "sinks", "--images", "pocket", "--samples", 4, "--dims", 85)
+    plain, packed = tmp_path / "plain.yaml", tmp_path / "packed.yaml"
+    assert run(*calibrate, "--out", plain).code == 0
+    result = run(*calibrate, "--out", packed, "--quantization", "int8")
+    assert result.code == 0, result.err
+    with load("pocket", quantization="int8", methods=[VAR(sink_dims=str(packed))]) as lmm:
+        message = "This model is quantized.*mmlm calibrate sinks --quantization"
+        with pytest.raises(SettingsError, match=message):
+            lmm.using(VAR(sink_dims=str(plain))).__enter__()
+    with pytest.raises(SettingsError, match="other weights.*sinks, or give"):
+        load("pocket", methods=[VAR(sink_dims=str(packed))])
+    assert run(*calibrate, "--out", plain, "--quantization", "int7").code == 2
 
 
 def test_json_for_scripts(run: Run, tmp_path: Path) -> None:
