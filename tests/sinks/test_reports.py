@@ -47,9 +47,9 @@ def parts() -> LMMParts:
     return LMMParts(tiny.tiny_llava())
 
 
-def inputs(sample: int | None = None) -> dict[str, Tensor]:
+def inputs(sample: int | None = None, padding_side: str = "left") -> dict[str, Tensor]:
     if sample is None:
-        return tiny.batch(PROMPTS, tiny.images(3))
+        return tiny.batch(PROMPTS, tiny.images(3), padding_side)
     own = [image for image, of in enumerate(SAMPLE_OF) if of == sample]
     return tiny.batch([PROMPTS[sample]], tiny.images(3)[own])
 
@@ -240,19 +240,29 @@ def test_every_family_names_its_own_tokens(family: str) -> None:
             assert torch.equal(index[index != CLS_INDEX], report.images[number].kept)
 
 
-def test_a_prompt_reports_as_alone() -> None:
-    together, _ = prefilled(FastV(keep_tokens=9, layer=2))
-    for sample in range(len(PROMPTS)):
-        alone, _ = prefilled(FastV(keep_tokens=9, layer=2), given=inputs(sample))
-        first = SAMPLE_OF.index(sample)
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("methods", [(), (FastV(keep_tokens=9, layer=2),)], ids=["whole", "fastv"])
+def test_a_prompt_reports_as_alone(methods: tuple[PruningMethod, ...], padding_side: str) -> None:
+    """Padding, in front or behind, is no row that might change, no sink, and not the last row."""
+    together, _ = prefilled(*methods, given=inputs(padding_side=padding_side))
+    for sample, ids in enumerate(PROMPTS):
+        alone, _ = prefilled(*methods, given=inputs(sample))
+        own, first = layers_of(together.report(), sample), SAMPLE_OF.index(sample)
+        assert list(own) == [layer.layer for layer in alone.report().redistribution]
+        text = sum(token != tiny.IMAGE_TOKEN for token in ids[ids.index(tiny.IMAGE_TOKEN) :])
         for want in alone.report().redistribution:
-            got = layers_of(together.report(), sample)[want.layer]
+            got = own[want.layer]
+            assert got.rows == text
             assert got.text_sinks == want.text_sinks
             assert (got.rows, got.changed) == (want.rows, want.changed)
+            assert got.moved == pytest.approx(want.moved, rel=1e-4)
+            assert got.gain == pytest.approx(want.gain, rel=1e-4)
+            assert list(got.images) == [number + first for number in want.images]
             for number, attention in want.images.items():
                 same = got.images[number + first]
                 assert torch.equal(same.index, attention.index)
                 assert torch.equal(same.sink, attention.sink)
+                torch.testing.assert_close(same.before, attention.before, atol=1e-5, rtol=1e-3)
                 torch.testing.assert_close(same.after, attention.after, atol=1e-5, rtol=1e-3)
 
 

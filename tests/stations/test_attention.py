@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmlm_efficient.families.llava_like import decoder_parts
+from mmlm_efficient.sinks.call import Call, plain_attention
 from mmlm_efficient.sinks.recorder import Recorder
 from mmlm_efficient.sinks.redistribution import Rule
 from mmlm_efficient.sinks.request import RedistributionRequest
-from mmlm_efficient.stations.attention import NAME, AttentionStation
+from mmlm_efficient.stations.attention import NAME, AttentionStation, AttentionWork
 from mmlm_efficient.stations.bridge import Block, PromptLayout
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var" / "tiny_lm_seed11.npz"
@@ -117,25 +120,108 @@ def test_prefill_and_decode_are_the_official_codes(
     assert flags.tolist() == golden[f"{variant}__sink_flags"].tolist()
 
 
+@dataclass
+class Watched:
+    """A request that keeps the attention maps [H, Q, K] that its layers work with.
+
+    A map is what a layer makes of unit vectors in place of its values, so it comes from the form
+    that makes the output.
+    """
+
+    inner: RedistributionRequest
+    forwards: list[dict[int, Tensor]] = field(default_factory=list)
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> WatchedWork:
+        if layer == 0:
+            self.forwards.append({})
+        return WatchedWork(self.inner.enter(layer, hidden, kwargs), layer, self.forwards[-1])
+
+    def report(self, *_: Any) -> tuple[()]:
+        return ()
+
+
+@dataclass
+class WatchedWork:
+    """The work of one layer, also where the request does nothing there."""
+
+    inner: AttentionWork | None
+    layer: int
+    maps: dict[int, Tensor]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor | None:
+        def of(values: Tensor) -> Tensor | None:
+            if self.inner is None:
+                return None
+            return self.inner.attend(module, query, key, values, mask, scaling)
+
+        keys, width = key.shape[2], key.shape[3]
+        parts = []
+        for units in torch.eye(keys, -(-keys // width) * width).split(width, dim=1):
+            values = units.expand_as(value).contiguous()
+            output = of(values)
+            if output is None:
+                call = Call(query, key, values, mask, scaling)
+                output = plain_attention(call).transpose(1, 2)
+            parts.append(output[0].transpose(0, 1))
+        self.maps[self.layer] = torch.cat(parts, dim=-1)[..., :keys]
+        return of(value)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_and_attention_are_the_official_codes(
-    model: Any, station: Any, golden: Any, variant: str
+@pytest.mark.parametrize("chunks", [WHOLE, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("evaluation", ["rows", "partial_sums"])
+def test_attention_maps_are_the_official_codes(
+    model: Any, station: Any, golden: Any, variant: str, chunks: Any, evaluation: str
 ) -> None:
-    recorder = Recorder()
-    with station.active(request_of(VARIANTS[variant], recorder)):
-        logits_of(model, golden, WHOLE, golden[f"{variant}__tokens"])
-    expected = torch.from_numpy(golden[f"{variant}__selected_prefill"])
-    for layer in VARIANTS[variant]:
-        selected = torch.cat([piece.selected for piece in recorder.layers[layer].pieces], dim=2)[0].long()
-        assert selected.tolist() == expected[layer][:, IMAGE.stop :].tolist()
+    """All layers, heads and rows, of the prompt and of each fed token."""
+    watched = Watched(request_of(VARIANTS[variant], evaluation=evaluation))
+    with station.active(watched):
+        logits_of(model, golden, chunks, golden[f"{variant}__tokens"])
+    found = [torch.stack([maps[layer] for layer in range(5)]) for maps in watched.forwards]
+    prompt = [functional.pad(one, (0, LENGTH - one.shape[-1])) for one in found[: len(chunks)]]
+    steps = {"prefill": torch.cat(prompt, dim=2)}
+    steps |= {f"decode{step}": one for step, one in enumerate(found[len(chunks) :], 1)}
+    assert list(steps) == ["prefill", "decode1", "decode2", "decode3"]
+    for name, maps in steps.items():
+        expected = torch.from_numpy(golden[f"{variant}__attn_{name}"])
+        torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunks", [WHOLE, CHUNKS], ids=["whole", "chunks"])
+def test_rows_that_change_are_the_official_codes(
+    model: Any, station: Any, golden: Any, variant: str, chunks: Any
+) -> None:
+    """Exactly: every layer, head and row of the prompt, every layer and head of each fed token."""
+    recorder, layers = Recorder(), VARIANTS[variant]
+    with station.active(request_of(layers, recorder)):
+        logits_of(model, golden, chunks, golden[f"{variant}__tokens"])
+    assert set(recorder.layers) == set(layers)
+    prefill = torch.zeros(5, 4, LENGTH, dtype=torch.int64)
+    decode = torch.zeros(3, 5, 4, dtype=torch.int64)
+    for layer, recorded in recorder.layers.items():
+        prefill[layer, :, IMAGE.stop :] = torch.cat(
+            [piece.selected[0] for piece in recorded.pieces], dim=-1
+        )
+        assert sorted(recorded.generated) == [0, 1, 2]
+        for step, selected in recorded.generated.items():
+            decode[step, layer] = selected[0]
+    assert prefill.tolist() == golden[f"{variant}__selected_prefill"].tolist()
+    assert decode.tolist() == golden[f"{variant}__selected_decode"].tolist()
+    counted = {layer: count.tolist() for layer, count in recorder.decoded.items()}
+    assert counted == {layer: [3 * 4, int(decode[:, layer].sum())] for layer in layers}
     for stats in recorder.stats(0):
         attention = torch.from_numpy(golden[f"{variant}__attn_prefill"])[stats.layer]
-        torch.testing.assert_close(stats.after, attention[:, -1, IMAGE], atol=5e-5, rtol=0)
+        torch.testing.assert_close(stats.after, attention[:, -1, IMAGE], atol=1e-5, rtol=0)
         assert stats.visual == tuple(range(IMAGE.start, IMAGE.stop))
-    decoded = golden[f"{variant}__selected_decode"].sum(axis=(0, 2))
-    assert {layer: int(count[1]) for layer, count in recorder.decoded.items()} == {
-        layer: int(decoded[layer]) for layer in VARIANTS[variant]
-    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
