@@ -35,7 +35,6 @@ class _Tables:
         visual: bool, visual tokens.
         visible: bool, no padding.
         eligible: bool, text behind the sample's first visual token.
-        shows: bool [B], whether a sample has visual tokens at all.
         columns: those that are eligible in some sample, ascending; on the host.
         first: the first of them, or the number of columns; None without visual tokens.
     """
@@ -43,7 +42,6 @@ class _Tables:
     visual: Tensor
     visible: Tensor
     eligible: Tensor
-    shows: Tensor
     columns: tuple[int, ...]
     first: int | None
     _picked: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
@@ -59,16 +57,14 @@ class _Tables:
             if starts := [block.start for block in blocks if len(block)]:
                 after[sample, min(starts) :] = True
         eligible = after & visible & ~visual
-        shows = visual.any(dim=1)
         columns = tuple(torch.nonzero(eligible.any(dim=0)).flatten().tolist())
         first = columns[0] if columns else visible.shape[1]
         return cls(
             visual=visual.to(device),
             visible=visible.to(device),
             eligible=eligible.to(device),
-            shows=shows.to(device),
             columns=columns,
-            first=first if bool(shows.any()) else None,
+            first=first if bool(visual.any()) else None,
         )
 
     def picked(self, first: int, end: int) -> Tensor | None:
@@ -161,7 +157,7 @@ class RedistributionRequest:
         if first == end and self.recorder is None:
             return None
         eligible = functional.pad(tables.eligible, (0, max(0, end - width)))
-        eligible[:, width:] = tables.shows[:, None]
+        eligible[:, width:] = True  # without effect in a sample without visual tokens
         rows = _copied(eligible[:, first:end], copies)
         picked = tables.picked(first, end)
         forward = Forward(past, first - past, width, offset, self._keys[layer], rows, picked)
