@@ -17,7 +17,7 @@ from eval.statistics import paired_interval
 from mmlm_efficient.errors import DataError, RunError
 from mmlm_efficient.files import write_json
 from tests.eval.made_reports import ATTACK, report, row, task, write_samples
-from tests.eval.test_report import Page
+from tests.eval.report_page import Page
 
 Scores = dict[str, dict[str, float | None]]
 BEFORE = {"none": [1, 1, 1, 0], "flowcut:36": [1, 0, 1, 0]}
