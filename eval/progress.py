@@ -58,9 +58,12 @@ class TaskBar:
         self._asked += len(records)
         now_s = time.monotonic()
         if self._bar.disable and now_s - self._said_s >= _LINE_EVERY_S:
-            self._said_s = now_s
-            sys.stderr.write(f"{self._line(now_s - self._began_s)}\n")
-            sys.stderr.flush()
+            self._write_line(now_s)
+
+    def _write_line(self, now_s: float) -> None:
+        self._said_s = now_s
+        sys.stderr.write(f"{self._line(now_s - self._began_s)}\n")
+        sys.stderr.flush()
 
     def _line(self, elapsed_s: float) -> str:
         """Such as "pocket: 120 of 500 answers, 1:10 left; none 93.8 %"."""
@@ -95,4 +98,6 @@ class TaskBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._bar.disable and self._asked:
+            self._write_line(time.monotonic())
         self._bar.close()

@@ -293,11 +293,13 @@ def _assignments(option: str, pairs: list[str] | None, example: str) -> dict[str
     """NAME=VALUE of a repeatable option; the values are read as YAML."""
     import yaml
 
-    values = {}
+    values: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise SettingsError(f"{option} {pair}: write NAME=VALUE, such as {example}.")
+        if name.strip() in values:
+            raise SettingsError(f"{option} {name.strip()}: is given twice. Leave one of them out.")
         try:
             values[name.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the 32nd of a month

@@ -371,6 +371,8 @@ def read_config(folder: Path, name: str, vision_tower: str | os.PathLike[str] | 
     """
     from transformers import AutoConfig
 
+    if vision_tower is not None:
+        vision_tower = os.path.expanduser(vision_tower)
     if is_original(folder):
         try:
             return original_config(folder, vision_tower)

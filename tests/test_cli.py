@@ -346,6 +346,7 @@ def test_ask_samples_reproducibly(mmlm: Run, model: Path, image: Path) -> None:
         (("--method", "random:4", SET, "self=1"), 2, "unknown setting 'self'"),
         (("--method", "random:4", SET, "seed=-1"), 2, "greater than or equal to 0"),
         (("--method", "random:4", SET, "keep_tokens=3"), 2, "keep_tokens: is given twice"),
+        (("--method", "random:4", SET, "seed=1", SET, "seed=2"), 2, "seed: is given twice"),
         (("--method", "none", SET, "seed=3"), 2, "takes no settings, got 'seed'"),
         (("--method", "flowcut:4", SET, "llm_prune_layer=1"), 2, "belong together"),
         (("--method", "flowcat:4", SET, "relay=cls"), 2, "did you mean 'flowcut'"),

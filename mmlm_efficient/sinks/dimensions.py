@@ -31,7 +31,7 @@ from mmlm_efficient.sinks.profiles import SinkProfile, built_in, named_profile
 
 logger = logging.getLogger("mmlm_efficient.sinks")
 
-_Versions: TypeAlias = "tuple[tuple[int, int], ...]"
+_Versions: TypeAlias = "tuple[tuple[int, int, int], ...]"
 Status = Literal["code", "paper", "literature", "unconfirmed"]
 # Added tokens that a vocabulary may have beyond the language model's own.
 _ADDED_TOKENS = 64
@@ -309,7 +309,7 @@ def _sinks_of(
 
 def weights_of(model: nn.Module) -> str:
     """`signs_digest`, computed once for each model object and state of its weights."""
-    versions = tuple((id(one), _version(one)) for one in model.parameters())
+    versions = tuple((id(one), one.data_ptr(), _version(one)) for one in model.parameters())
     known = _digests.get(model)
     if known is None or known[0] != versions:
         known = _digests[model] = (versions, signs_digest(model))
@@ -317,7 +317,7 @@ def weights_of(model: nn.Module) -> str:
 
 
 def _version(parameter: Tensor) -> int:
-    """How often a parameter was written to, through torch."""
+    """How often a parameter was written to; writes into its ``.data`` are not counted."""
     return 0 if parameter.is_inference() else parameter._version
 
 
@@ -338,16 +338,19 @@ def _checked(source: str, subject: _Subject) -> SinkProfile:
     """A profile that the user names, refused when it belongs to another model."""
     profile = named_profile(source)
     weights = profile.weights if subject.weights is None else subject.weights()
-    mismatch = profile.mismatch(Fingerprint.of(subject.config), weights)
-    packed = getattr(subject.config, "quantization_config", None) is not None
-    if mismatch is not None:
-        raise SettingsError(
-            f"sink_dims: the profile {source!r} is of another model: {mismatch}"
-            f"{'. This model is quantized: its weights are others' if packed else ''}. Make one "
-            f"for this model with mmlm calibrate sinks{' --quantization' if packed else ''}, or "
-            f"give the dimensions themselves, such as sink_dims={list(profile.dims)}"
-        )
-    return profile
+    fingerprint = Fingerprint.of(subject.config)
+    mismatch = profile.mismatch(fingerprint, weights)
+    if mismatch is None:
+        return profile
+    quantized = getattr(subject.config, "quantization_config", None) is not None
+    same_shape = profile.fingerprint == fingerprint
+    doubt = ". This model is quantized: its weights are others" if quantized and same_shape else ""
+    option = " --quantization int8 (or nf4)" if quantized else ""
+    raise SettingsError(
+        f"sink_dims: the profile {source!r} is of another model: {mismatch}{doubt}. Make one "
+        f"for this model with mmlm calibrate sinks{option}, or give the dimensions themselves, "
+        f"such as sink_dims={list(profile.dims)}"
+    )
 
 
 def _unknown(subject: _Subject, reported: Backbone | None) -> str:

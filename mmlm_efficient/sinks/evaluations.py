@@ -1,12 +1,13 @@
 """VAR in an attention call at the speed of SDPA: the exact forms, and which one runs when.
 
-Two forms change the text rows after the image; all other rows run plain SDPA:
+Two forms change the text rows after the image; the rows before it run plain SDPA:
 
 - rows (:mod:`mmlm_efficient.sinks.row_maps`): the map of the changed rows only. Any device and
   dtype.
 - partial sums (:mod:`mmlm_efficient.sinks.partial_sums`): no map; float32 and float64 on a CPU.
 
-The rows of later images stand between rows that may change: these are picked out of the call.
+Rows of later images stand between rows that may change: where these are few, they are picked out
+of the call, and the rows between them run plain SDPA too.
 
 Shapes: B samples, H query heads, Hkv key heads, Q query rows of the call, T <= Q rows behind the
 first that may change (always the last ones), K keys, d head width.
@@ -113,8 +114,9 @@ def attend(
         scaling: factor of the scores, such as d ** -0.5.
         evaluation: the form; "auto" takes what :func:`choose` says.
         row_chunk: rows of a map at a time; None: as many as fit into 64 MiB.
-        picked: int64 [R], ascending: which of the T rows may change in any sample; the others run
-            plain SDPA. None: all of them; see :func:`worth_picking`.
+        picked: int64 [R], ascending: which of the T rows may change, every one that is eligible
+            in any sample; the others run plain SDPA, eligible or not. None: all of them; see
+            :func:`worth_picking`.
 
     Returns:
         Outputs of all Q rows; the rest for the T = Q - first_eligible last rows. Where the

@@ -72,14 +72,16 @@ def signs_digest(model: nn.Module) -> str:
     """Short name of a model's weights, 16 hexadecimal digits.
 
     The signs of evenly spread values of every parameter, in the order of the model: neither dtype
-    nor device nor the names of parameters change it, training does. Packed (quantised) weights
-    have other signs; values that are not in memory (offloaded) are left out.
+    nor device nor the names of parameters change it, training does. Of packed (quantised) weights
+    without signs the bytes themselves count; values that are not in memory (offloaded) are left
+    out.
     """
     total = hashlib.sha256()
     for parameter in model.parameters():
         total.update(repr(tuple(parameter.shape)).encode())
         if not parameter.is_meta:
             values = parameter.detach().reshape(-1)
-            some = torch.signbit(values[:: max(1, values.numel() // _VALUES)])
+            some = values[:: max(1, values.numel() // _VALUES)]
+            some = torch.signbit(some) if some.dtype.is_signed else some.contiguous()
             total.update(some.cpu().numpy().tobytes())
     return total.hexdigest()[:_DIGITS]

@@ -78,6 +78,7 @@ class _Tables:
         if first >= width:
             return None
         if (first, end) not in self._picked:
+            self._picked.clear()  # without a cache every step asks for one more row
             found = [column - first for column in self.columns if first <= column < end]
             found += range(width - first, end - first)
             index = None

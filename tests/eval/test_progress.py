@@ -39,6 +39,8 @@ def test_a_line_every_half_minute(
         clock.s += 29
         bar.add([record("none", 1.0)])
         assert capsys.readouterr().err == ""
+    # The last line says how it ended: 4 in 59 s, 5 to go.
+    assert capsys.readouterr().err.startswith("small: 5 of 10 answers, 01:13 left; none 66.7 %")
 
 
 def test_scores_that_are_no_shares_are_numbers() -> None:

@@ -323,3 +323,14 @@ def test_two_fingerprints_say_where_they_differ() -> None:
     assert one.difference(one) is None
     assert one.difference(other) == "hidden_size is 4096 there and 5120 here"
     assert str(one) == "llama text model, 4096 wide, 32 layers"
+
+
+def test_the_bytes_of_packed_weights_count() -> None:
+    """4-bit weights are unsigned: their signs would say nothing."""
+    model = torch.nn.Linear(2, 2)
+    packed = torch.arange(12, dtype=torch.uint8)[:, None]
+    model.packed = torch.nn.Parameter(packed.clone(), requires_grad=False)
+    before = signs_digest(model)
+    assert signs_digest(copy.deepcopy(model)) == before
+    model.packed[7] = 99
+    assert signs_digest(model) != before
