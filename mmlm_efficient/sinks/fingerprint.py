@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 _DIGITS = 16
 # Values looked at of every parameter, evenly spread.
@@ -72,16 +72,27 @@ def signs_digest(model: nn.Module) -> str:
     """Short name of a model's weights, 16 hexadecimal digits.
 
     The signs of evenly spread values of every parameter, in the order of the model: neither dtype
-    nor device nor the names of parameters change it, training does. Of packed (quantised) weights
-    without signs the bytes themselves count; values that are not in memory (offloaded) are left
-    out.
+    nor device nor the names of parameters change it, training does. Of packed 4-bit weights, which
+    have no signs and which a first run may put into another order, it counts the values; what is
+    not in memory (offloaded) is left out.
     """
     total = hashlib.sha256()
     for parameter in model.parameters():
+        values = parameter.detach().reshape(-1)
+        if parameter.dtype == torch.uint8:
+            total.update(repr(values.numel()).encode())
+            if not parameter.is_meta:
+                total.update(repr(_nibble_counts(values)).encode())
+            continue
         total.update(repr(tuple(parameter.shape)).encode())
         if not parameter.is_meta:
-            values = parameter.detach().reshape(-1)
-            some = values[:: max(1, values.numel() // _VALUES)]
-            some = torch.signbit(some) if some.dtype.is_signed else some.contiguous()
+            some = torch.signbit(values[:: max(1, values.numel() // _VALUES)])
             total.update(some.cpu().numpy().tobytes())
     return total.hexdigest()[:_DIGITS]
+
+
+def _nibble_counts(packed: Tensor) -> list[int]:
+    """How often each of the 16 values occurs in bytes of two."""
+    pairs = torch.bincount(packed, minlength=256).view(16, 16)
+    counts: list[int] = (pairs.sum(dim=0) + pairs.sum(dim=1)).tolist()
+    return counts
