@@ -93,8 +93,8 @@ class Settings:
             raise UnsupportedError(
                 f"guidance_scale={scale!r} runs a second, unconditional prompt through the model, "
                 "and methods inside the language model (or position_ids='original' without a "
-                "cache) would take it for the first. Leave it out, or use methods that only prune "
-                "before the language model (mmlm methods tells which do)."
+                "cache) would take it for the first. Leave it out, or use only methods that "
+                "prune before the language model (mmlm methods tells which do)."
             )
 
     def arguments(self, removed: int, tokenizer: Any = None, **own: Any) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def test_guidance_is_refused_by_its_name(
         {"generation_config": GenerationConfig(guidance_scale=2)},
     ):
         with pytest.raises(
-            UnsupportedError, match=r"guidance_scale=.*prune before the language model only"
+            UnsupportedError,
+            match=r"guidance_scale=.*only methods that prune before the language model",
         ):
             lmm.ask(QUESTION, picture(), methods=method, **scale, **options)
     inputs = inputs_of(lmm, (QUESTION, picture()))
