@@ -27,12 +27,12 @@ from benchmarks.chart import methods_chart
 from benchmarks.common import add_machine_options, interleaved, json_file, positive, timed
 from benchmarks.intervals import Scores, paired, row_figures
 from benchmarks.pocket_accuracy import (
-    MAX_NEW_TOKENS,
     SPLIT,
     Batch,
     asked_batches,
     digest_of_weights,
 )
+from benchmarks.pocket_answers import right_answers, scores_of
 from benchmarks.progress import Progress
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.answers import kv_bytes
@@ -41,7 +41,7 @@ from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
 from mmlm_efficient.machine import machine_line, provenance
-from mmlm_efficient.pocket.questions import IMAGE_KINDS, is_right
+from mmlm_efficient.pocket.questions import IMAGE_KINDS
 from mmlm_efficient.pocket.scenes import Scene, scene
 from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.prompts import preprocess
@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         costs = _costs(lmm, cases, options.repeats)
         device = lmm.model.device
-    scores = _scores(progress, cases, options)
+    scores = scores_of(progress, [case.name for case in cases], options.scenes, options.batch_size)
     base = scores[cases[0].name]
     rows = [
         {
@@ -287,33 +287,7 @@ def _right(
     """1 for every right answer of a batch."""
     own = None if getattr(case.method, "cuts_tower", False) else encoded
     prepared = prepare(lmm.parts, inputs, [case.method], encoded=own)
-    width = prepared.layout.mask.shape[1]
-    with prepared.active():
-        ids = lmm.model.generate(
-            **prepared.model_inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
-    said = lmm.processor.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-    return [
-        int(is_right(question, answer))
-        for (_, question), answer in zip(batch.asked, said, strict=True)
-    ]
-
-
-def _scores(
-    progress: Progress, cases: Sequence[Case], options: argparse.Namespace
-) -> dict[str, Scores]:
-    """Right and asked, by scene and kind, for each case."""
-    columns = {kind: column for column, kind in enumerate(IMAGE_KINDS)}
-    scores = {case.name: Scores.empty(options.scenes, len(IMAGE_KINDS)) for case in cases}
-    for batch in asked_batches(options.scenes, options.batch_size):
-        for case in cases:
-            if not batch.asked:
-                continue
-            own, right = scores[case.name], progress.right(batch.number, case.name)
-            for (one, question), value in zip(batch.asked, right, strict=True):
-                own.asked[one.index, columns[question.kind]] += 1
-                own.right[one.index, columns[question.kind]] += value
-    return scores
+    return right_answers(lmm, prepared, batch)
 
 
 # -- cost ------------------------------------------------------------------------------------

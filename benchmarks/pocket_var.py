@@ -30,6 +30,7 @@ from benchmarks.pocket_accuracy import (
     asked_batches,
     digest_of_weights,
 )
+from benchmarks.pocket_answers import right_answers, scores_of
 from benchmarks.progress import Progress
 from benchmarks.var_chart import var_chart
 from mmlm_efficient import EfficientLMM, load
@@ -40,7 +41,7 @@ from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
 from mmlm_efficient.machine import machine_line, provenance
-from mmlm_efficient.pocket.questions import IMAGE_KINDS, is_right
+from mmlm_efficient.pocket.questions import IMAGE_KINDS
 from mmlm_efficient.pocket.scenes import patch_labels
 from mmlm_efficient.prepare import prepare
 from mmlm_efficient.prompts import preprocess
@@ -136,7 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _run(lmm, cases, options, progress)
         changed = {case.name: _changed(lmm, case, options) for case in cases if case.var}
         device = lmm.model.device
-    scores = _scores(progress, cases, options)
+    scores = scores_of(progress, [case.name for case in cases], options.scenes, options.batch_size)
     return {
         "benchmark": "pocket_var",
         **provenance(device),
@@ -213,33 +214,7 @@ def _right(
     """1 for every right answer of a batch."""
     own = encoded if case.pruning == ALONE else None
     prepared = prepare(lmm.parts, inputs, case.methods, encoded=own)
-    width = prepared.layout.mask.shape[1]
-    with prepared.active():
-        ids = lmm.model.generate(
-            **prepared.model_inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
-    said = lmm.processor.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-    return [
-        int(is_right(question, answer))
-        for (_, question), answer in zip(batch.asked, said, strict=True)
-    ]
-
-
-def _scores(
-    progress: Progress, cases: Sequence[Case], options: argparse.Namespace
-) -> dict[str, Scores]:
-    """Right and asked, by scene and kind, for each case."""
-    columns = {kind: column for column, kind in enumerate(IMAGE_KINDS)}
-    scores = {case.name: Scores.empty(options.scenes, len(IMAGE_KINDS)) for case in cases}
-    for batch in asked_batches(options.scenes, options.batch_size):
-        for case in cases:
-            if not batch.asked:
-                continue
-            own, right = scores[case.name], progress.right(batch.number, case.name)
-            for (one, question), value in zip(batch.asked, right, strict=True):
-                own.asked[one.index, columns[question.kind]] += 1
-                own.right[one.index, columns[question.kind]] += value
-    return scores
+    return right_answers(lmm, prepared, batch)
 
 
 # -- what VAR changed ------------------------------------------------------------------------
