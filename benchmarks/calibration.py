@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with load(options.model, device=options.device, dtype="float32") as lmm:
         prompts = remembered(lmm, samples, progress=False)
         inputs = [model_inputs(lmm, sample) for sample in samples]
-        cases = {}
+        cases: dict[str, Any] = {}
         for weight in (0.0, 0.3):
             method = _method(lmm, options.budget, weight)
             cases |= _both_ways(lmm, prompts, inputs, method, f"entropy_weight {weight:g}")

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
+
+from mmlm_efficient.errors import MMLMError
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +155,19 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Where a benchmark runs, as its last options."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: as torch chooses")
+
+
+def measured(
+    measure: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any] | None:
+    """A benchmark's result with the chosen CPU threads; None, and the reason told, if it fails."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return measure(options)
+    except MMLMError as error:
+        print(f"mmlm: {error}", file=sys.stderr)
+        return None
 
 
 def json_file(text: str) -> Path:

@@ -21,6 +21,7 @@ from benchmarks.common import (
     add_machine_options,
     interleaved,
     json_file,
+    measured,
     peak_tensor_bytes,
     positive,
     summary,
@@ -34,7 +35,6 @@ from benchmarks.pocket_methods import (
     prefill_figures,
 )
 from benchmarks.shapes import SHAPES, random_inputs, random_model
-from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import machine_line, provenance
 from mmlm_efficient.prepare import LMMParts
@@ -50,12 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 when a method refuses the shape.
     """
     options = _parser().parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        result = measure(options)
-    except MMLMError as error:
-        print(f"mmlm: {error}", file=sys.stderr)
+    result = measured(measure, options)
+    if result is None:
         return 1
     print("\n".join(report(result)))
     if options.out is not None:

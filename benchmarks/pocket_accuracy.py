@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.chart import accuracy_chart
-from benchmarks.common import add_machine_options, positive
+from benchmarks.common import add_machine_options, measured, positive
 from benchmarks.intervals import Scores, paired, row_figures
 from mmlm_efficient import EfficientLMM, load
-from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
 from mmlm_efficient.machine import machine_line, provenance
@@ -65,12 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 when the model cannot be loaded or a setting is wrong.
     """
     options = _parser().parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        result = measure(options)
-    except MMLMError as error:
-        print(f"mmlm: {error}", file=sys.stderr)
+    result = measured(measure, options)
+    if result is None:
         return 1
     print("\n".join(_report(result)))
     if options.out is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.chart import methods_chart
-from benchmarks.common import add_machine_options, interleaved, json_file, positive, timed
+from benchmarks.common import add_machine_options, interleaved, json_file, measured, positive, timed
 from benchmarks.intervals import Scores, paired, row_figures
 from benchmarks.pocket_accuracy import (
     SPLIT,
@@ -37,7 +37,6 @@ from benchmarks.progress import Progress
 from mmlm_efficient import EfficientLMM, load
 from mmlm_efficient.answers import kv_bytes
 from mmlm_efficient.encoding import Encoded, encode
-from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.loading import find_folder
 from mmlm_efficient.machine import machine_line, provenance
@@ -77,12 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 when the model cannot be loaded or a setting is wrong.
     """
     options = _parser().parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        result = measure(options)
-    except MMLMError as error:
-        print(f"mmlm: {error}", file=sys.stderr)
+    result = measured(measure, options)
+    if result is None:
         return 1
     print("\n".join(_report(result)))
     if options.out is None:

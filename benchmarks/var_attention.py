@@ -20,11 +20,11 @@ import torch
 from benchmarks.common import (
     add_machine_options,
     json_file,
+    measured,
     positive,
 )
 from benchmarks.var_models import SHAPES, method, random_model, twin
 from benchmarks.var_subject import OURS, PHASES, Subject
-from mmlm_efficient.errors import MMLMError
 from mmlm_efficient.files import write_json
 from mmlm_efficient.machine import MIB, machine_line, provenance
 from mmlm_efficient.prepare import LMMParts
@@ -51,12 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 when a setting is wrong or VAR's logits are not eager VAR's.
     """
     options = _parser().parse_args(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        result = measure(options)
-    except MMLMError as error:
-        print(f"mmlm: {error}", file=sys.stderr)
+    result = measured(measure, options)
+    if result is None:
         return 1
     print("\n".join(_report(result)))
     if options.out is not None:
