@@ -47,6 +47,7 @@ from mmlm_efficient.prompts import preprocess
 from mmlm_efficient.pruning.base import Method, PruningMethod
 from mmlm_efficient.pruning.no_pruning import NoPruning
 from mmlm_efficient.pruning.registry import METHODS, method_class
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.tokens import ImageReport
 
 UNTUNED = "vflowopt (untuned)"
@@ -350,7 +351,7 @@ def first_token(
         )
     report = prepared.report().images[0]
     seconds = {"before": before_s, "pruning": pruning_s, "forward": forward_s}
-    return seconds, report, kv_bytes(output.past_key_values)
+    return seconds, report, kv_bytes(output[CACHE])
 
 
 def prefill_figures(

@@ -24,6 +24,7 @@ from mmlm_efficient.answers import kv_bytes
 from mmlm_efficient.prepare import LMMParts, Prepared, prepare
 from mmlm_efficient.pruning.base import Method
 from mmlm_efficient.pruning.flowcut import FlowCut
+from mmlm_efficient.stations.handed import CACHE
 
 UNPRUNED = "unpruned"
 STOCK = "stock model"
@@ -169,7 +170,7 @@ def _request(
     prepared, prepare_s = timed(lambda: prepare(parts, inputs, methods), device)
     with prepared.active():
         output, prefill_s = timed(lambda: _prefill(parts.model, prepared), device)
-        kept_bytes = kv_bytes(output.past_key_values)
+        kept_bytes = kv_bytes(output[CACHE])
         _, decode_s = timed(
             lambda: _decode(parts.model, output, prepared, plan.decode_tokens), device
         )
@@ -202,7 +203,7 @@ def _decode(model: Any, output: Any, prepared: Prepared, steps: int) -> None:
         output = model(
             input_ids=token,
             attention_mask=mask,
-            past_key_values=output.past_key_values,
+            **{CACHE: output[CACHE]},
             use_cache=True,
         )
 

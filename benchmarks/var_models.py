@@ -35,6 +35,7 @@ from mmlm_efficient.sinks.evaluations import worth_picking
 from mmlm_efficient.sinks.flags import default_threshold, sink_flags
 from mmlm_efficient.sinks.redistribution import Keys, Rule, redistribute
 from mmlm_efficient.sinks.var import VAR
+from mmlm_efficient.stations.handed import CACHE
 
 PER_IMAGE = 576
 SINKS_PER_IMAGE = 4
@@ -301,7 +302,7 @@ class EagerVar:
     def _entering(self, layer: int, one: Request) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden: Tensor = args[0]
-            past = int(kwargs["past_key_values"].get_seq_length(layer))
+            past = int(kwargs[CACHE].get_seq_length(layer))
             if past == 0:
                 visible = torch.ones_like(one.visual)
                 flags = sink_flags(hidden, self.dims, self.threshold, visible)

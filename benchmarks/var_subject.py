@@ -30,6 +30,7 @@ from mmlm_efficient.prepare import LMMParts, Prepared, prepare
 from mmlm_efficient.sinks.evaluations import attend, choose
 from mmlm_efficient.sinks.flags import sink_flags
 from mmlm_efficient.sinks.redistribution import Keys
+from mmlm_efficient.stations.handed import CACHE
 
 SDPA, OURS, EAGER = "sdpa", "var", "eager var"
 PHASES = ("prefill", "decode")
@@ -137,13 +138,13 @@ class Subject:
         with way.active():
             for step in range(steps):
                 ids = torch.full((1, 1), FIRST_WORD + step, device=self.device)
-                logits = way.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                logits = way.model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits
         return logits[:, -1]
 
     def _timed_model(self, way: Way) -> Callable[[], Mapping[str, float]]:
         def run() -> Mapping[str, float]:
             output, prefill = timed(lambda: self._prefill(way), self.device)
-            cache = output.past_key_values
+            cache = output[CACHE]
             self._decode(way, cache, 1)
             _, decode = timed(lambda: self._decode(way, cache, _DECODED), self.device)
             return {"prefill": prefill, "decode": decode / _DECODED}
@@ -155,7 +156,7 @@ class Subject:
         for name, way in self.ways.items():
             run = self._prefill
             prefill = peak_tensor_bytes(lambda: run(way), self.device)  # noqa: B023
-            cache = self._prefill(way).past_key_values
+            cache = self._prefill(way)[CACHE]
             # The step replaces the cache's tensors. Only what is allocated inside is seen to be
             # freed, so the cache is copied inside and taken off.
             copied_and_decoded = peak_tensor_bytes(
@@ -174,7 +175,7 @@ class Subject:
         logits = {}
         for name, way in self.ways.items():
             output = self._prefill(way, keep=TEXT_AFTER)
-            decoded = self._decode(way, output.past_key_values, 1)
+            decoded = self._decode(way, output[CACHE], 1)
             logits[name] = {"prefill": output.logits[0].float(), "decode": decoded.float()}
         ours, eager = logits[OURS], logits[EAGER]
         scale = max(float(eager[phase].abs().max()) for phase in PHASES)
@@ -193,7 +194,7 @@ class Subject:
         prepared: Any = self.prepared(return_stats=True)
         with prepared.active():
             output = self.parts.model(**prepared.model_inputs, use_cache=True, logits_to_keep=1)
-            self._continued(output.past_key_values)
+            self._continued(output[CACHE])
         recorder = prepared._attention.recorder
         stats = recorder.stats(0)
         pairs = [(one.selected, one.eligible) for one in stats]
@@ -211,13 +212,13 @@ class Subject:
     def _continued(self, cache: Any) -> None:
         """One token on a cache, inside somebody else's `with`."""
         ids = torch.full((1, 1), FIRST_WORD, device=self.device)
-        self.parts.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.parts.model(input_ids=ids, **{CACHE: cache}, use_cache=True)
 
     def _calls(self) -> dict[str, AttentionCall]:
         """The attention of a middle layer, in the prefill and in a decode step."""
         self.eager.tap = self.shape.layers[len(self.shape.layers) // 2]
         way = self.ways[EAGER]
-        self._decode(way, self._prefill(way).past_key_values, 1)
+        self._decode(way, self._prefill(way)[CACHE], 1)
         self.eager.tap = None
         prefill, decode = self.eager.calls
         self.eager.calls = []
@@ -260,7 +261,7 @@ class Subject:
         found: dict[str, dict[str, dict[str, int]]] = {}
         for name in (SDPA, OURS):
             way = self.ways[name]
-            cache = self._prefill(way).past_key_values
+            cache = self._prefill(way)[CACHE]
             found[name] = {
                 "prefill": attention_kernels(
                     lambda: self._prefill(way),  # noqa: B023

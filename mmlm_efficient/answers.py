@@ -126,15 +126,19 @@ class Run:
     prefill_s: float
     decode_s: float
 
-    def answer(self, sample: int, new_ids: Sequence[int], tokenizer: Any) -> Answer:
+    def answer(
+        self, sample: int, new_ids: Sequence[int], tokenizer: Any, length: int | None = None
+    ) -> Answer:
         """The answer to one prompt of the batch.
 
         Args:
             sample: position of the prompt.
             new_ids: generated ids, with whatever padding follows.
             tokenizer: decodes them.
+            length: how many of them there were when a stopping criterion ended the answer, if
+                one did.
         """
-        ids, ended = self._until_end(new_ids)
+        ids, ended = self._until_end(new_ids, length)
         finish: FinishReason = "stop" if ended or len(ids) < self.limit else "length"
         if self.cancelled and not ended:
             finish = "cancelled"
@@ -164,15 +168,15 @@ class Run:
         report = PruningReport(images, self.report.seconds, self.report.methods, layers)
         return Answer(text, usage, report, finish)
 
-    def _until_end(self, new_ids: Sequence[int]) -> tuple[list[int], bool]:
-        """The ids up to and with the end token, and whether there is one; padding cut off."""
-        for position, token in enumerate(new_ids):
+    def _until_end(self, new_ids: Sequence[int], length: int | None) -> tuple[list[int], bool]:
+        """The ids up to the end, an end token among them, and whether they ended by themselves."""
+        ids = list(new_ids[:length])
+        for position, token in enumerate(ids):
             if token in self.end_ids:
-                return list(new_ids[: position + 1]), True
-        ids = list(new_ids)
-        while ids and ids[-1] == self.pad_id:
+                return ids[: position + 1], True
+        while length is None and ids and ids[-1] == self.pad_id:
             ids.pop()
-        return ids, False
+        return ids, length is not None
 
 
 def kv_bytes(cache: Any) -> int:

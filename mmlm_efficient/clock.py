@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,17 +75,27 @@ class Watch(StoppingCriteria):
     Attributes:
         first_token_s: clock when the first new token was there, seconds; None before.
         cancelled: set it to stop after the current step.
+        criteria: what else may end a row of the batch. They are asked here, because what
+            generate() appends to a row that ended may look like an end token.
+        ended: for each row that one of them ended, the columns it had then.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
         self.first_token_s: float | None = None
         self.cancelled = False
+        self.criteria: Sequence[Callable[..., Any]] = ()
+        self.ended: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Bool [batch]: all True once cancelled."""
+        """Bool [batch]: rows that end now; all of them once cancelled."""
         if self.first_token_s is None:
             self.first_token_s = self.stopwatch.now()
-        return torch.full(
-            (input_ids.shape[0],), self.cancelled, dtype=torch.bool, device=input_ids.device
-        )
+        rows, columns = input_ids.shape
+        done = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+        for criterion in self.criteria:
+            done = done | criterion(input_ids, scores, **kwargs)
+        if self.criteria:
+            for row in done.nonzero().flatten().tolist():
+                self.ended.setdefault(row, columns)
+        return done | self.cancelled

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StopStringCriteria
 
+from mmlm_efficient.callbacks import CallersPrompt
 from mmlm_efficient.errors import MMLMError, PromptError, SettingsError, UnsupportedError
+from mmlm_efficient.sampling import Draws
+from mmlm_efficient.stations.handed import NUMBERS_ROWS
 
 # Steps of generate() that run the model: what fails inside them is no matter of settings.
 _DECODING = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
@@ -68,12 +72,18 @@ class Settings:
                 "Raise it, or use max_new_tokens."
             )
 
-    def check_device(self, device: torch.device) -> None:
-        """Refuse a cache that another device than the model's would have to hold.
+    def check_possible(self, device: torch.device) -> None:
+        """Refuse what no multimodal model, or none on this device, can do.
 
         Raises:
-            UnsupportedError: an offloaded cache without an accelerator.
+            UnsupportedError: an offloaded cache without an accelerator, or an early exit.
         """
+        if self.value("assistant_early_exit") is not None:
+            raise UnsupportedError(
+                "assistant_early_exit: transformers drafts tokens with fewer layers of a text "
+                "model alone; a multimodal one has no such layers of its own. Leave it out, or "
+                "draft with assistant_model or prompt_lookup_num_tokens."
+            )
         cache = self.value("cache_implementation")
         if device.type == "cpu" and isinstance(cache, str) and "offloaded" in cache:
             raise UnsupportedError(
@@ -97,25 +107,35 @@ class Settings:
                 "prune before the language model (mmlm methods tells which do)."
             )
 
-    def arguments(self, removed: int, tokenizer: Any = None, **own: Any) -> dict[str, Any]:
-        """Arguments for generate() on a prompt that is shorter than the caller's.
+    def arguments(self, prompt: CallersPrompt | None, tokenizer: Any = None) -> dict[str, Any]:
+        """Arguments for generate() on a prompt that may be shorter than the caller's.
 
         Args:
-            removed: tokens by which it is; max_length and min_length count the caller's own.
+            prompt: the caller's, which max_length, min_length and the caller's functions go by;
+                None where the model runs just that.
             tokenizer: reads stop strings, if there are any and the call brings no other.
-            own: further arguments, which win.
         """
-        arguments = {**self.given, **own}
-        for name in ("max_length", "min_length"):
-            value = self.value(name)
-            if value is not None and removed != 0:
-                arguments[name] = max(0, value - removed)
+        arguments = dict(self.given)
         if self.value("stop_strings") is not None and tokenizer is not None:
             arguments.setdefault("tokenizer", tokenizer)
-        return _folded(arguments)
+        if prompt is None:
+            return arguments
+        for name in ("max_length", "min_length"):
+            if (value := self.value(name)) is not None:
+                arguments[name] = max(0, value - prompt.removed)
+        beams, copies = self.value("num_beams") or 1, self.value("num_return_sequences") or 1
+        repeats = max(beams, copies) // beams if NUMBERS_ROWS else 1
+        return {**arguments, **prompt.callbacks(arguments, repeats)}
+
+    def stop_strings(self, arguments: Mapping[str, Any]) -> list[StoppingCriteria]:
+        """The criterion that generate() makes of stop strings, if there are any."""
+        strings = self.value("stop_strings")
+        if strings is None:
+            return []
+        return [StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)]
 
 
-def _folded(arguments: dict[str, Any]) -> dict[str, Any]:
+def folded(arguments: dict[str, Any]) -> dict[str, Any]:
     """Settings beside a generation_config written into a copy of it: transformers gives up taking
     both. None stays an argument: in a config it means "not set", as an argument "off"."""
     if arguments.get("generation_config") is None:
@@ -130,6 +150,30 @@ def _folded(arguments: dict[str, Any]) -> dict[str, Any]:
         else:
             rest[name] = value
     return rest
+
+
+@contextmanager
+def seeded(
+    seed: int, device: torch.device, settings: Settings, arguments: dict[str, Any]
+) -> Iterator[None]:
+    """Seed the draws of a call of generate(), where it draws.
+
+    Args:
+        seed: whole number from 0 to 2**63 - 1.
+        device: where the logits are.
+        settings: of the call.
+        arguments: for generate(); functions that switch the draws on and off are added.
+    """
+    with Draws(seed, device) as draws:
+        if settings.value("custom_generate") is not None:
+            draws.on()  # where a loop of the caller's draws is not known
+        elif settings.value("do_sample"):
+            for name, own in (
+                ("logits_processor", draws.processor),
+                ("stopping_criteria", draws.criterion),
+            ):
+                arguments[name] = [*(arguments.get(name) or []), own]
+        yield
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from mmlm_efficient.stations.bridge import (
     check_mask,
     find_blocks,
 )
+from mmlm_efficient.stations.handed import CACHE, given_cache
 
 
 def input_ids_of(inputs: Mapping[str, Any]) -> Tensor:
@@ -87,7 +88,7 @@ def _check_followed(family: Family, inputs: Mapping[str, Any]) -> None:
     stock = "or give methods=() to run the stock model"
     if cached := _cached(inputs):
         raise UnsupportedError(
-            f"past_key_values: holds {cached} tokens already. Methods see images only in a prompt "
+            f"{CACHE}: holds {cached} tokens already. Methods see images only in a prompt "
             "that starts with an empty cache: leave it out and give the whole conversation with "
             f"its pixel_values, {stock}."
         )
@@ -109,12 +110,12 @@ def _check_followed(family: Family, inputs: Mapping[str, Any]) -> None:
 
 def _cached(inputs: Mapping[str, Any]) -> int:
     """Tokens that the caller's cache holds."""
-    cache = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     if cache is None:
         return 0
     if not hasattr(cache, "get_seq_length"):
         raise PromptError(
-            f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}. Give "
+            f"{CACHE}: expected a Cache of transformers, got {type(cache).__name__}. Give "
             "the object that an earlier call returned, or leave it out."
         )
     return int(cache.get_seq_length())

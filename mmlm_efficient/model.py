@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import TransformersKwargs
 
 from mmlm_efficient.answers import Answer, Run, kv_bytes
+from mmlm_efficient.callbacks import CallersPrompt
 from mmlm_efficient.clock import Stopwatch, Watch
 from mmlm_efficient.errors import ContextError, SettingsError
 from mmlm_efficient.families.base import Fit
-from mmlm_efficient.generation import Settings, refusals
-from mmlm_efficient.inputs import behind, input_ids_of
+from mmlm_efficient.generation import Settings, folded, refusals, seeded
+from mmlm_efficient.inputs import input_ids_of
 from mmlm_efficient.names import model_name
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
 from mmlm_efficient.processors import image_stats
@@ -37,7 +39,7 @@ from mmlm_efficient.prompts import (
     with_video,
 )
 from mmlm_efficient.pruning.base import Method
-from mmlm_efficient.sampling import check_seed, seeded
+from mmlm_efficient.sampling import check_seed
 from mmlm_efficient.settings import (
     MethodLike,
     as_methods,
@@ -45,8 +47,10 @@ from mmlm_efficient.settings import (
     check_generation,
     check_generation_values,
     generation_names,
+    refuse_unknown,
 )
 from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.stations.handed import given_cache, with_cache_renamed
 from mmlm_efficient.streaming import AnswerStream
 from mmlm_efficient.video.sampling import FrameSampling
 
@@ -111,8 +115,8 @@ class EfficientLMM:
     ) -> None:
         self.model = model
         self.processor = processor
-        self.name = name or model_name(model)
-        self._parts = LMMParts(model, image_stats(processor), self.name)
+        self._parts = LMMParts(model, image_stats(processor), name)
+        self.name = name or model_name(self._parts.family.model)
         try:
             self._methods = self._checked(methods)
         except Exception:
@@ -320,6 +324,7 @@ class EfficientLMM:
             UnsupportedError: an input that pruning cannot follow, such as a filled cache, or a
                 setting that the machine or a method does not support.
         """
+        inputs = with_cache_renamed(inputs)
         names = generation_names()
         generation = {name: value for name, value in inputs.items() if name in names}
         model_inputs = {name: value for name, value in inputs.items() if name not in names}
@@ -330,11 +335,11 @@ class EfficientLMM:
         settings.check_max_length(own_ids.shape[1])
         with torch.no_grad():
             prepared = self._prepare(model_inputs, methods)
-            shortened = prepared.layout.mask.shape[1]
-            output = self._generate(prepared, settings, seed, own_ids.shape[1] - shortened)
+            prompt = CallersPrompt(own_ids, prepared.layout.mask.shape[1])
+            output = self._generate(prepared, settings, seed, prompt)
         if isinstance(output, Tensor):
-            return behind(own_ids, output[:, shortened:])
-        output.sequences = behind(own_ids, output.sequences[:, shortened:])
+            return prompt.restored(output)
+        output.sequences = prompt.restored(output.sequences)
         return output
 
     def forward(self, *, methods: Methods = None, **inputs: Any) -> Any:
@@ -348,7 +353,8 @@ class EfficientLMM:
         Returns:
             The model's output; logits [B, S', V] over the shortened prompt.
         """
-        check_generation(inputs, also=self._forward_arguments())
+        inputs = with_cache_renamed(inputs)
+        refuse_unknown(inputs, self._forward_arguments(), "forward")
         input_ids_of(inputs)
         prepared = self._prepare(inputs, methods)
         model_inputs = prepared.model_inputs
@@ -356,12 +362,14 @@ class EfficientLMM:
         labels = model_inputs.pop("labels", None) if prepared.cuts_layers else None
         with prepared.active():
             output = self.model(**model_inputs)
+        prepared.check_acted(0)
         return output if labels is None else self._with_loss(output, prepared.labels_left(labels))
 
     def _with_loss(self, output: Any, labels: Tensor) -> Any:
         """The model's output with its own loss in front."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        loss = self.model.loss_function(logits=output.logits, labels=labels, vocab_size=vocabulary)
+        model = self._parts.family.model
+        vocabulary = model.config.get_text_config().vocab_size
+        loss = model.loss_function(logits=output.logits, labels=labels, vocab_size=vocabulary)
         return type(output)(loss=loss, **output)
 
     def close(self) -> None:
@@ -391,11 +399,11 @@ class EfficientLMM:
         check_for_answers(generation, max_new_tokens)
         check_seed(seed)
         asked = [as_request(one, position) for position, one in enumerate(requests)]
-        stopwatch = Stopwatch(self.model.device)
-        start = stopwatch.now()
         family = self._parts.family
+        stopwatch = Stopwatch(family.input_device)
+        start = stopwatch.now()
         asked = [with_video(one, family, sampling) for one in asked]
-        inputs = preprocess(self.processor, asked, self.model.dtype, family)
+        inputs = preprocess(self.processor, asked, family.model.dtype, family)
         return _Request(
             asked=asked,
             inputs=inputs,
@@ -425,15 +433,14 @@ class EfficientLMM:
         start = now()
         width = prepared.layout.mask.shape[1]
         limit = min(request.max_new_tokens, self._room(width, prepared.model_inputs))
-        criteria = [*(request.generation.get("stopping_criteria") or []), watch]
         settings = self._settings(request.generation)
         with torch.no_grad():
             output = self._generate(
                 prepared,
                 settings,
                 request.seed,
-                request.inputs["input_ids"].shape[1] - width,
-                stopping_criteria=criteria,
+                CallersPrompt(request.inputs["input_ids"], width),
+                watch,
                 max_new_tokens=limit,
                 num_return_sequences=1,
                 return_dict_in_generate=True,
@@ -451,33 +458,68 @@ class EfficientLMM:
             pad_id=next(iter(settings.token_ids("pad_token_id")), None),
             limit=limit,
             cancelled=watch.cancelled,
-            cache_bytes=kv_bytes(output.get("past_key_values")) // len(new_ids),
+            cache_bytes=kv_bytes(given_cache(output)) // len(new_ids),
             preprocess_s=request.preprocess_s,
             prefill_s=ready.prepare_s + first - start - report.seconds.get("tower_s", 0.0),
             decode_s=end - first,
         )
         tokenizer = self.processor.tokenizer
-        return [run.answer(sample, ids, tokenizer) for sample, ids in enumerate(new_ids)]
+        # Beams are rows of their own, none of them an answer before the end.
+        ended = {} if (settings.value("num_beams") or 1) > 1 else watch.ended
+        return [
+            run.answer(sample, ids, tokenizer, ended[sample] - width if sample in ended else None)
+            for sample, ids in enumerate(new_ids)
+        ]
 
     def _generate(
-        self, prepared: Prepared, settings: Settings, seed: int | None, removed: int, **own: Any
+        self,
+        prepared: Prepared,
+        settings: Settings,
+        seed: int | None,
+        prompt: CallersPrompt,
+        watch: Watch | None = None,
+        **own: Any,
     ) -> Any:
-        """Step 4: transformers' own generate() on a prompt that lost so many tokens."""
-        settings.check_device(self.model.device)
+        """Step 4: transformers' own generate() on a prompt that may be shorter than the caller's.
+
+        Args:
+            prepared: the request.
+            settings: of the call.
+            seed: of its draws.
+            prompt: the caller's.
+            watch: looks on, if anybody wants to know.
+            own: further arguments of generate(), which win.
+        """
+        device = self._parts.family.input_device
+        settings.check_possible(device)
         if (
             prepared.cuts_layers
             or prepared.changes_attention
             or (prepared.watches_layers and settings.value("use_cache") is False)
         ):
             settings.check_one_prompt()
+        cut = bool(prepared.layout.removed.any())
         tokenizer = getattr(self.processor, "tokenizer", None)
-        arguments = settings.arguments(removed, tokenizer, **own)
-        with prepared.active(), seeded(seed, self.model.device), refusals(settings.given):
-            return self.model.generate(**prepared.model_inputs, **arguments)
+        arguments = {**settings.arguments(prompt if cut else None, tokenizer), **own}
+        if watch is not None:
+            watch.criteria = [
+                *(arguments.get("stopping_criteria") or []),
+                *settings.stop_strings(arguments),
+            ]
+            arguments["stopping_criteria"] = [watch]
+        with ExitStack() as stack:
+            stack.enter_context(prepared.active())
+            if seed is not None:
+                stack.enter_context(seeded(seed, device, settings, arguments))
+            stack.enter_context(refusals(settings.given))
+            output = self.model.generate(**prepared.model_inputs, **folded(arguments))
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        prepared.check_acted(sequences.shape[1] - prompt.width)
+        return output
 
     def _prepare(self, inputs: Mapping[str, Any], methods: Methods) -> Prepared:
         """Step 3: the tower runs, methods prune, the prompt shrinks to match."""
-        device = self.model.device
+        device = self._parts.family.input_device
         on_device = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
@@ -500,8 +542,13 @@ class EfficientLMM:
 
     def _settings(self, generation: Mapping[str, Any]) -> Settings:
         """Generation settings of one call, with the model's own behind them."""
-        return Settings(generation, self.model.generation_config)
+        return Settings(generation, self._parts.family.model.generation_config)
 
     def _forward_arguments(self) -> set[str]:
         """Names of the model's own inputs."""
-        return set(inspect.signature(self.model.forward).parameters) - {"kwargs"}
+        family = self._parts.family
+        takes: set[str] = set()
+        for part in (family.model, family.backbone, family.decoder.module):
+            takes.update(inspect.signature(type(part).forward).parameters)
+        # What the models take as `**kwargs` and hand on.
+        return {*takes, *TransformersKwargs.__annotations__, "return_dict"} - {"self", "kwargs"}

@@ -68,7 +68,7 @@ class LMMParts:
         self, model: Any, image_stats: ImageStats | None = None, name: str | None = None
     ) -> None:
         self.model = model
-        self.family: Family = family_of(model)
+        self.family: Family = family_of(model)  # of what is inside a wrapper
         tower = self.family.tower
         self.tower: TowerStation | PackedTowerStation = (
             PackedTowerStation(tower)
@@ -79,7 +79,7 @@ class LMMParts:
         # Behind the layer station: its cuts decide what enters a layer's attention.
         self.attention = AttentionStation(self.family.decoder)
         self.image_stats = image_stats
-        self.identity: Identity = self.family.identity(model_name(model, name))
+        self.identity: Identity = self.family.identity(model_name(self.family.model, name))
 
     def close(self) -> None:
         """Remove all hooks: the model is stock again. Safe to call twice."""
@@ -95,11 +95,12 @@ class LMMParts:
         """
         self.layer.check_open()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LMMParts:
+    def __reduce__(self) -> Any:
         """Refused: the hooks of a copied model would go on asking this object's stations."""
         raise UnsupportedError(
-            "an EfficientLMM cannot be copied: its hooks belong to one model object. Copy the "
-            "model and make a new one: EfficientLMM(copy.deepcopy(lmm.model), lmm.processor)"
+            "an EfficientLMM cannot be copied or pickled: its hooks belong to one model object. "
+            "Copy or save the model and make a new one: "
+            "EfficientLMM(copy.deepcopy(lmm.model), lmm.processor)"
         )
 
     def __enter__(self) -> LMMParts:
@@ -221,6 +222,20 @@ class Prepared:
             if self._attention is not None:
                 stack.enter_context(self.parts.attention.active(self._attention))
             yield
+
+    def check_acted(self, new_tokens: int) -> None:
+        """The model has run: refuse its result where a method should have worked and did not.
+
+        Args:
+            new_tokens: tokens that were generated, 0 for a plain forward.
+
+        Raises:
+            UnsupportedError: a method inside the language model did not see the prompt, or what
+                was generated.
+        """
+        for request in (self._request, self._attention):
+            if request is not None:
+                request.check_acted(new_tokens)
 
     @property
     def cuts_layers(self) -> bool:

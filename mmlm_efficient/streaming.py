@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import torch
 from transformers import TextIteratorStreamer
 
 from mmlm_efficient.answers import Answer
@@ -23,15 +25,25 @@ class _Job:
         watch: Watch,
         streamer: TextIteratorStreamer,
     ) -> None:
-        self.work = work
+        self.work: Callable[[Watch, TextIteratorStreamer], Answer] | None = work
         self.watch = watch
+        # Autocast belongs to a thread; the worker's is that of whoever asks.
+        self.autocast = [
+            torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda", "mps", "xpu")
+            if torch.is_autocast_enabled(device)
+        ]
         self.streamer = streamer
         self.answer: Answer | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.answer = self.work(self.watch, self.streamer)
+            work, self.work = self.work, None  # holds features: not for as long as the stream is
+            with ExitStack() as stack:
+                for autocast in self.autocast:
+                    stack.enter_context(autocast)
+                self.answer = None if work is None else work(self.watch, self.streamer)
         except BaseException as error:  # noqa: BLE001 - handed to the reader, who raises it
             self.error = error
         finally:

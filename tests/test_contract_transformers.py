@@ -20,6 +20,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from mmlm_efficient.stations.handed import CACHE
 from tests import tiny, tiny_families
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
@@ -222,7 +223,7 @@ def test_decoder_layers_get_what_the_layer_station_replaces(text: str) -> None:
         model(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True)
     args, kwargs, output = seen[0]
     need(len(args) == 1, "hidden states as only positional argument of a decoder layer", LAYER)
-    for name in ("attention_mask", "position_ids", "position_embeddings", "past_key_values"):
+    for name in ("attention_mask", "position_ids", "position_embeddings", CACHE):
         need(name in kwargs, f"keyword argument {name} of a decoder layer", LAYER)
     need(isinstance(output, torch.Tensor), "a plain tensor as output of a decoder layer", LAYER)
     cos, sin = kwargs["position_embeddings"]
@@ -247,7 +248,7 @@ def test_masks_are_sized_by_cache_layer(create: Any) -> None:
         config=config,
         inputs_embeds=torch.zeros(1, 1, 32),
         attention_mask=None,
-        past_key_values=cache,
+        **{CACHE: cache},
         layer_idx=1,
     )
     need(mask.shape[-1] == 3, "a mask of the length of the given cache layer", LAYER)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from mmlm_efficient import EfficientLMM
 from mmlm_efficient.errors import PromptError
 from mmlm_efficient.prompts import preprocess
+from mmlm_efficient.stations.handed import CACHE
 from tests.tiny import N_PATCHES, tiny_llava
 from tests.tiny_processor import picture, tiny_processor
 
@@ -54,7 +55,7 @@ def test_generate_puts_the_callers_own_prompt_in_front(lmm: EfficientLMM, method
     assert torch.equal(ids[:, :length], inputs["input_ids"])
     rich = lmm.generate(**inputs, methods=method, max_new_tokens=5, return_dict_in_generate=True)
     assert torch.equal(rich.sequences, ids)
-    assert rich.past_key_values.get_seq_length() == length - 36 + 9 + 4
+    assert rich[CACHE].get_seq_length() == length - 36 + 9 + 4
 
 
 def test_generate_with_several_sequences_per_prompt(lmm: EfficientLMM) -> None:

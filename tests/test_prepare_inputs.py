@@ -14,6 +14,7 @@ from mmlm_efficient.encoding import encode
 from mmlm_efficient.errors import PromptError, SettingsError, UnsupportedError
 from mmlm_efficient.prepare import LMMParts, check_family, check_methods, prepare
 from mmlm_efficient.pruning import DivPrune, FlowCut, RandomPruning, VisPruner
+from mmlm_efficient.stations.handed import CACHE
 from tests import tiny, tiny_families
 
 I = tiny.IMAGE_TOKEN  # noqa: E741
@@ -166,14 +167,14 @@ def continued(lmm: EfficientLMM, **options: Any) -> tuple[Inputs, Any]:
     first = lmm.generate(**request(), max_new_tokens=4, return_dict_in_generate=True, **options)
     ids = torch.cat([first.sequences, torch.tensor([[6, 7, 8]])], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs, first.past_key_values
+    return inputs, first[CACHE]
 
 
 def test_a_conversation_continues_unpruned(lmm: EfficientLMM) -> None:
     inputs, cache = continued(lmm)
-    got = lmm.generate(**inputs, past_key_values=cache, methods=(), max_new_tokens=5)
+    got = lmm.generate(**inputs, **{CACHE: cache}, methods=(), max_new_tokens=5)
     inputs, cache = continued(lmm)
-    want = lmm.model.generate(**inputs, past_key_values=cache, max_new_tokens=5)
+    want = lmm.model.generate(**inputs, **{CACHE: cache}, max_new_tokens=5)
     assert torch.equal(got, want)
 
 
@@ -182,27 +183,27 @@ def test_a_filled_cache_cannot_be_pruned(lmm: EfficientLMM, method: Any) -> None
     inputs, cache = continued(lmm)
     held = cache.get_seq_length()
     for pixels in ({}, {"pixel_values": tiny.images(1)}):
-        with pytest.raises(UnsupportedError, match=rf"past_key_values: holds {held} tokens.*whole"):
-            lmm.generate(**inputs, **pixels, past_key_values=cache, methods=method)
+        with pytest.raises(UnsupportedError, match=rf"{CACHE}: holds {held} tokens.*whole"):
+            lmm.generate(**inputs, **pixels, **{CACHE: cache}, methods=method)
     # New words alone hold nothing to prune.
-    words = {"input_ids": torch.tensor([[6, 7]]), "past_key_values": cache}
+    words = {"input_ids": torch.tensor([[6, 7]]), CACHE: cache}
     with torch.no_grad():
         got = lmm.forward(**words, methods=method).logits
         _, again = continued(lmm)
-        assert torch.equal(got, lmm.model(**{**words, "past_key_values": again}).logits)
+        assert torch.equal(got, lmm.model(**{**words, CACHE: again}).logits)
 
 
 def test_a_cache_of_a_pruned_prompt_does_not_fit_the_whole_one(lmm: EfficientLMM) -> None:
     inputs, cache = continued(lmm, methods="flowcut:9")
     with pytest.raises(PromptError, match=r"behind the 17 tokens .* 21 placeholders"):
-        lmm.generate(**inputs, past_key_values=cache, methods=())
+        lmm.generate(**inputs, **{CACHE: cache}, methods=())
 
 
 def test_an_empty_cache_is_no_matter(lmm: EfficientLMM) -> None:
     for methods in ((), "flowcut:9", STAGE_B):
         want = lmm.generate(**request(), methods=methods, max_new_tokens=4)
         empty = DynamicCache(config=lmm.model.config.get_text_config())
-        got = lmm.generate(**request(), methods=methods, max_new_tokens=4, past_key_values=empty)
+        got = lmm.generate(**request(), methods=methods, max_new_tokens=4, **{CACHE: empty})
         assert torch.equal(got, want)
 
 
@@ -215,8 +216,8 @@ def test_placeholders_without_images_are_counted_in_images(lmm: EfficientLMM, me
 
 def test_a_cache_of_an_unknown_kind(lmm: EfficientLMM) -> None:
     inputs = tiny.batch([[1, 5, 6]])
-    with pytest.raises(PromptError, match="past_key_values: expected a Cache.*got tuple"):
-        lmm.forward(**inputs, past_key_values=((torch.zeros(1),),), methods=())
+    with pytest.raises(PromptError, match=rf"{CACHE}: expected a Cache.*got tuple"):
+        lmm.forward(**inputs, **{CACHE: ((torch.zeros(1),),)}, methods=())
 
 
 # After close()

@@ -255,7 +255,7 @@ def _traced(lmm: EfficientLMM, sample: Sample, threshold: float) -> tuple[Tensor
         with torch.no_grad():
             prepared = prepare(parts, inputs)
             watch = _watch(prepared.model_inputs, parts.family.placeholders, threshold)
-            with activate(parts.layer, watch):
+            with activate(parts.layer.key, watch):
                 parts.family.backbone(**prepared.model_inputs, use_cache=False)
     except ContextError as error:
         raise ContextError(

@@ -234,7 +234,7 @@ def _check_tokens(parts: LMMParts, prompts: Sequence[Prompt]) -> None:
 
 def model_inputs(lmm: EfficientLMM, sample: Sample) -> dict[str, Any]:
     """Model inputs of one sample on the model's device."""
-    device = lmm.model.device
+    device = lmm.parts.family.input_device
     given = preprocess(lmm.processor, [(sample.question, sample.image())], lmm.model.dtype)
     return {
         name: value.to(device) if isinstance(value, Tensor) else value

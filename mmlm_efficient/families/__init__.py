@@ -10,6 +10,7 @@ from mmlm_efficient.families.llava import Llava
 from mmlm_efficient.families.llava_next import LlavaNext
 from mmlm_efficient.families.llava_onevision import LlavaOnevision
 from mmlm_efficient.families.qwen_vl import Qwen2_5VL, Qwen2VL
+from mmlm_efficient.families.wrapped import model_inside
 
 __all__ = ["FAMILIES", "DecoderParts", "Family", "TowerParts", "family_class", "family_of"]
 
@@ -45,9 +46,10 @@ def family_of(model: Any) -> Family:
     """The family of a model, bound to it.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, or one in a wrapper, see `model_inside`.
 
     Raises:
-        UnsupportedError: as :func:`family_class`.
+        UnsupportedError: as :func:`family_class` and `model_inside`.
     """
-    return family_class(getattr(model, "config", None), type(model).__name__)(model)
+    inside = model_inside(model)
+    return family_class(getattr(inside, "config", None), type(inside).__name__)(inside)

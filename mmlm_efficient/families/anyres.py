@@ -32,10 +32,11 @@ def anyres_places(
     """
     rows, cols = grid
     n_patches = rows * cols
-    values = torch.empty(n_crops, n_patches, 2)
+    # Counted in float32 whatever torch's default is: others do not hold all of the numbers.
+    values = torch.empty(n_crops, n_patches, 2, dtype=torch.float32)
     values[..., 0] = torch.arange(n_crops).unsqueeze(1)
     values[..., 1] = torch.arange(n_patches)
-    packed = pack(values, torch.full((2,), _NEWLINE))
+    packed = pack(values, values.new_full((2,), _NEWLINE))
     newline = packed[:, 1] == _NEWLINE
     n_tokens = len(packed)
     index = torch.arange(n_tokens)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmlm_efficient.errors import PromptError, SettingsError
 from mmlm_efficient.families.frames import FrameProcessor
+from mmlm_efficient.families.wrapped import input_device
 from mmlm_efficient.tokens import TokenPlaces
 
 Kind = Literal["image", "video"]
@@ -203,6 +204,15 @@ class Family(ABC):
     @abstractmethod
     def placeholders(self) -> Mapping[Kind, int]:
         """For each kind of input, the token id that stands for one visual token in a prompt."""
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where the model's inputs belong; its weights may be elsewhere, see `input_device`.
+
+        Raises:
+            UnsupportedError: the model has no weights in memory.
+        """
+        return input_device(self.model)
 
     @property
     def backbone(self) -> Any:

@@ -24,6 +24,8 @@ from mmlm_efficient.sinks.recorder import Forward, Recorder
 from mmlm_efficient.sinks.redistribution import Keys, Rule
 from mmlm_efficient.sinks.reports import layer_reports
 from mmlm_efficient.stations.bridge import PromptLayout
+from mmlm_efficient.stations.handed import cache_of
+from mmlm_efficient.stations.hooks import check_seen
 from mmlm_efficient.tokens import LayerRedistribution, VisualTokens
 
 
@@ -131,9 +133,12 @@ class RedistributionRequest:
         self._tables: dict[tuple[int, torch.device], tuple[PromptLayout, _Tables]] = {}
         self._keys: dict[int, Keys] = {}
         self._past: _Past | None = None
+        self._entered = False
+        self.decoded = 0
 
     def enter(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> _LayerWork | None:
         """See `AttentionRequest`: find the sinks among the prompt's tokens, choose the rows."""
+        self._entered = True
         if layer not in self._layers:
             return None
         layout = self._layout()
@@ -147,7 +152,7 @@ class RedistributionRequest:
                 f"this request was prepared for {samples} prompt(s), but the model runs a batch of "
                 f"{hidden.shape[0]}. Prepare the inputs that you run."
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = 0 if cache is None else self._past_of(layer, layout, cache)
         offset = 0 if cache is None else int(cache.get_mask_sizes(hidden.shape[1], layer)[1])
         self._find_sinks(layer, hidden, past, tables, copies)
@@ -172,6 +177,12 @@ class RedistributionRequest:
         keys = self._keys[layer] = Keys(keys.visual.to(device), keys.sink.to(device))
         picked = None if forward.picked is None else forward.picked.to(device)
         return replace(forward, keys=keys, eligible=eligible.to(device), picked=picked)
+
+    def check_acted(self, new_tokens: int) -> None:
+        """See `AttentionRequest`."""
+        check_seen(self._entered, "the language model")
+        # No keys: not one visual token was left.
+        check_seen(not self._keys or new_tokens < 2 or self.decoded > 0, "decoding")
 
     def report(
         self, tokens: Sequence[VisualTokens], layout: PromptLayout
@@ -213,7 +224,7 @@ class RedistributionRequest:
         seen = 0 if known is None else known.sink.shape[1]
         if seen < min(past, width) or (past and known and len(known.sink) != len(hidden)):
             raise UnsupportedError(
-                f"past_key_values: holds {past} tokens of which this request has not seen all; "
+                f"the cache holds {past} tokens of which this request has not seen all; "
                 "which of them are attention sinks is not known. Run the whole prompt with an "
                 "empty cache in this request, or give methods=() to run the stock model."
             )
@@ -255,6 +266,7 @@ class _LayerWork:
                 "Leave VAR out to train."
             )
         forward = request.on_device(self.layer, self.forward, query.device)
+        request.decoded += int(forward.past + query.shape[2] > forward.width)
         keys = forward.cached_keys
         outcome = None
         # On a CPU a look costs nothing; elsewhere it would wait for the device.

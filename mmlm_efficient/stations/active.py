@@ -8,6 +8,7 @@ or closing further wrappers of the same model does, and must not happen meanwhil
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,16 @@ from contextvars import ContextVar
 _ACTIVE: ContextVar[tuple[tuple[object, object], ...]] = ContextVar(
     "mmlm_efficient_active_requests", default=()
 )
+# Whether anything is active in any thread. torch.compile can follow a plain flag into a hook, and
+# compiles anew when it changes; a ContextVar breaks the graph.
+_anything = False
+_count = 0
+_LOCK = threading.Lock()
+
+
+def anything_active() -> bool:
+    """Whether a request is active at any station in any thread."""
+    return _anything
 
 
 def active_request(station: object) -> object | None:
@@ -29,7 +40,16 @@ def active_request(station: object) -> object | None:
 def activate(station: object, request: object) -> Iterator[None]:
     """Make a request active at a station inside the ``with`` block, in this thread only."""
     token = _ACTIVE.set((*_ACTIVE.get(), (station, request)))
+    _counted(1)
     try:
         yield
     finally:
+        _counted(-1)
         _ACTIVE.reset(token)
+
+
+def _counted(change: int) -> None:
+    global _anything, _count
+    with _LOCK:
+        _count += change
+        _anything = _count > 0

@@ -12,11 +12,14 @@ layer to the attention function: no state on modules, none that is global.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,8 +28,10 @@ from transformers.masking_utils import sdpa_mask
 
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts
-from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.stations.active import activate
 from mmlm_efficient.stations.bridge import PromptLayout
+from mmlm_efficient.stations.handed import check_attention, check_decoder
+from mmlm_efficient.stations.hooks import StationHook, remove_all
 from mmlm_efficient.tokens import LayerRedistribution, VisualTokens
 
 # No "/" (a kernel of the hub), no "flash", "flex" or "paged": transformers reads names.
@@ -35,8 +40,9 @@ _WORK = "mmlm_attention_work"
 _BASE = "sdpa"
 
 # How many open stations have switched a text model to `NAME`: the last one switches it back.
-_USERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_LOCK = threading.Lock()
+_USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# Reentrant: a dropped station switches back wherever the garbage collector happens to run.
+_LOCK = threading.RLock()
 
 
 class AttentionWork(Protocol):
@@ -72,6 +78,16 @@ class AttentionRequest(Protocol):
     def enter(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> AttentionWork | None:
         """A layer starts with its input [B, L, D]: what to do in its attention, or None."""
 
+    def check_acted(self, new_tokens: int) -> None:
+        """The model has run: refuse its result where the request should have worked and did not.
+
+        Args:
+            new_tokens: tokens that were generated, 0 for a plain forward.
+
+        Raises:
+            UnsupportedError: it did not work on the prompt, or not while decoding.
+        """
+
     def report(
         self, tokens: Sequence[VisualTokens], layout: PromptLayout
     ) -> tuple[LayerRedistribution, ...]:
@@ -101,7 +117,8 @@ def _attention(
         if attention_mask is None and 1 < rows < key.shape[2]:
             # An empty static cache: behind the prompt's keys is room that no causal row sees.
             key, value = key[:, :, :rows], value[:, :, :rows]
-        output = work.attend(module, query, key, value, attention_mask, scale)
+        attend = torch.compiler.disable(work.attend)  # type: ignore[no-untyped-call]
+        output = attend(module, query, key, value, attention_mask, scale)
         if output is not None:
             return output, None
     return sdpa_attention_forward(
@@ -113,6 +130,40 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@dataclass
+class _Switch:
+    """One station's say in which attention its text model uses.
+
+    Attributes:
+        module: the text model.
+        config: its config.
+        counted: whether the station is one of `_USERS`.
+    """
+
+    module: Any
+    config: Any
+    counted: bool = False
+
+    def on(self) -> None:
+        """Make the decoder use `NAME`."""
+        if self.config._attn_implementation != NAME:
+            self.module.set_attn_implementation(NAME)
+        if not self.counted:
+            _USERS[self.module] = _USERS.get(self.module, 0) + 1
+            self.counted = True
+
+    def off(self) -> None:
+        """The last station gives the model its own attention back."""
+        with _LOCK:
+            if not self.counted:
+                return
+            self.counted = False
+            _USERS[self.module] -= 1
+            # Anything else than NAME was chosen by the user since.
+            if not _USERS[self.module] and self.config._attn_implementation == NAME:
+                self.module.set_attn_implementation(_BASE)
+
+
 class AttentionStation:
     """Station 4 of one model: idle, and the model untouched, until a request is active.
 
@@ -122,32 +173,29 @@ class AttentionStation:
 
     Args:
         parts: the pieces of the decoder, from its family.
+
+    Raises:
+        UnsupportedError: a release of transformers whose layers or attention are called otherwise.
     """
 
     def __init__(self, parts: DecoderParts) -> None:
-        self._parts = parts
-        self._counted = False
-        self._closed = False
-        self._handles: list[RemovableHandle] = [
+        check_decoder(parts)
+        check_attention()
+        self._config = parts.config
+        self._switch = _Switch(parts.module, parts.config)
+        self.key = object()
+        handles: list[RemovableHandle] = [
             # After the layer station's: what enters the layer is what is left behind its cuts.
-            module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
+            module.register_forward_pre_hook(
+                StationHook(self.key, partial(_enter, layer)), with_kwargs=True
+            )
             for layer, module in enumerate(parts.layers)
         ]
+        self._end = weakref.finalize(self, _end, handles, self._switch)
 
     def close(self) -> None:
         """Remove the hooks and give the model its own attention back. Safe to call twice."""
-        self._closed = True
-        while self._handles:
-            self._handles.pop().remove()
-        module, config = self._parts.module, self._parts.config
-        with _LOCK:
-            if not self._counted:
-                return
-            self._counted = False
-            _USERS[module] -= 1
-            # Anything else than NAME was chosen by the user since.
-            if not _USERS[module] and config._attn_implementation == NAME:
-                module.set_attn_implementation(_BASE)
+        self._end()
 
     def check_open(self) -> None:
         """Refuse to work without hooks.
@@ -155,7 +203,7 @@ class AttentionStation:
         Raises:
             UnsupportedError: `close` was called.
         """
-        if self._closed:
+        if not self._end.alive:
             raise UnsupportedError(
                 "this EfficientLMM was closed: its hooks are off the model, so that attention "
                 "could not be changed. Ask inside the 'with' block, make a new one (load, or "
@@ -169,7 +217,7 @@ class AttentionStation:
         Raises:
             UnsupportedError: naming it and what is supported.
         """
-        current = self._parts.config._attn_implementation
+        current = self._config._attn_implementation
         if current not in (_BASE, NAME):
             raise UnsupportedError(
                 f"attn_implementation={current!r}: methods at the attention station stand in for "
@@ -184,31 +232,32 @@ class AttentionStation:
             UnsupportedError: the station is or was closed meanwhile, or another attention
                 implementation was chosen before or meanwhile.
         """
-        module, config = self._parts.module, self._parts.config
         with _LOCK:
             self.check_open()
-            if config._attn_implementation != NAME:
-                self.check_backend()
-                module.set_attn_implementation(NAME)
-            if not self._counted:
-                _USERS[module] = _USERS.get(module, 0) + 1
-                self._counted = True
-        with activate(self, request):
+            self.check_backend()
+            self._switch.on()
+        with activate(self.key, request):
             yield
         self.check_open()
-        if config._attn_implementation != NAME:
+        if self._config._attn_implementation != NAME:
             raise UnsupportedError(
-                f"attn_implementation was changed to {config._attn_implementation!r} while a "
-                "request ran that works at the attention station, so that it did not. Change it "
+                f"attn_implementation was changed to {self._config._attn_implementation!r} while "
+                "a request ran that works at the attention station, so that it did not. Change it "
                 "between requests."
             )
 
-    def _enter(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            request: Any = active_request(self)
-            if request is None:
-                return None
-            work = request.enter(layer, args[0], kwargs)
-            return None if work is None else (args, {**kwargs, _WORK: work})
 
-        return hook
+def _enter(
+    layer: int,
+    request: AttentionRequest,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    work = request.enter(layer, args[0], kwargs)
+    return None if work is None else (args, {**kwargs, _WORK: work})
+
+
+def _end(handles: list[RemovableHandle], switch: _Switch) -> None:
+    remove_all(handles)
+    switch.off()

@@ -238,7 +238,7 @@ def check_images_given(
         return
     if cached:
         raise PromptError(
-            f"behind the {cached} tokens that past_key_values holds, the prompts hold {count} "
+            f"behind the {cached} tokens that the cache holds, the prompts hold {count} "
             f"placeholders of images ({tokens_per_image} each). A cache that was filled with "
             "pruning is shorter than its prompt and cannot be continued like this: give the "
             "whole conversation with its pixel_values and no cache."

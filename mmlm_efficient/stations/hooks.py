@@ -7,7 +7,10 @@ active in the thread; without one, every hook returns None at once.
 
 from __future__ import annotations
 
-from typing import Any, Generic, Protocol, TypeVar, cast
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,37 @@ from torch.utils.hooks import RemovableHandle
 
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts, TowerParts
-from mmlm_efficient.stations.active import active_request
+from mmlm_efficient.stations.active import active_request, anything_active
 
 Parts = TypeVar("Parts", TowerParts, DecoderParts)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class StationHook:
+    """A hook on a module: idle unless a request of this thread is active at the hook's station.
+
+    It knows the station by its key alone, so that a wrapper that nobody holds any more can go. Its
+    copies, in a deep-copied or pickled model, do nothing.
+
+    Args:
+        key: of the station.
+        act: what to do; called with the active request and what torch gives a hook.
+    """
+
+    def __init__(self, key: object = None, act: Callable[..., Any] | None = None) -> None:
+        self._key = key
+        self._act = act
+
+    def __call__(self, *args: Any) -> Any:
+        return self._answer(args) if anything_active() else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _answer(self, args: tuple[Any, ...]) -> Any:
+        work = active_request(self._key)
+        return None if work is None or self._act is None else self._act(work, *args)
+
+    def __reduce__(self) -> Any:
+        return StationHook, ()
 
 
 class LayerWork(Protocol):
@@ -45,30 +75,35 @@ class LayerWork(Protocol):
 class LayerHooks(Generic[Parts]):
     """Hooks on all layers of one transformer, registered once and idle until a request is active.
 
+    They leave the model with `close`, or when the station is no longer held.
+
     Args:
         parts: the pieces of the transformer, from its family.
+
+    Attributes:
+        key: what requests are activated by, see `activate`.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts: Parts = parts
+        self.key = object()
         self._handles: list[RemovableHandle] = []
-        self._closed = False
+        self._end: weakref.finalize[Any, Any] = weakref.finalize(self, remove_all, self._handles)
         for layer, module in enumerate(parts.layers):
             for part, projection in enumerate(parts.projections[layer]):
-                self._handles.append(projection.register_forward_hook(self._capture(layer, part)))
-            attention = parts.attentions[layer]
-            self._handles.append(attention.register_forward_hook(self._observe(layer)))
-            self._handles.append(
-                module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
-            )
+                capture = StationHook(self.key, partial(_capture, layer, part))
+                self._handles.append(projection.register_forward_hook(capture))
+            observe = StationHook(self.key, partial(_observe, layer, parts))
+            self._handles.append(parts.attentions[layer].register_forward_hook(observe))
+            enter = StationHook(self.key, partial(_enter, layer, parts))
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             # First among the layer's hooks: what transformers records must be the cut output.
-            self._handles.append(module.register_forward_hook(self._leave(layer), prepend=True))
+            leave = StationHook(self.key, partial(_leave, layer, parts))
+            self._handles.append(module.register_forward_hook(leave, prepend=True))
 
     def close(self) -> None:
-        """Remove the hooks; the model is stock again."""
-        self._closed = True
-        while self._handles:
-            self._handles.pop().remove()
+        """Remove the hooks; the model is stock again. Safe to call twice."""
+        self._end()
 
     def check_open(self) -> None:
         """Refuse to work without hooks.
@@ -76,45 +111,62 @@ class LayerHooks(Generic[Parts]):
         Raises:
             UnsupportedError: `close` was called.
         """
-        if self._closed:
+        if not self._end.alive:
             raise UnsupportedError(
                 "this EfficientLMM was closed: its hooks are off the model, so that nothing could "
                 "be pruned. Ask inside the 'with' block, make a new one (load, or EfficientLMM on "
                 "the same model), or call the model itself for what the stock model gives."
             )
 
-    def _work(self) -> LayerWork | None:
-        return cast("LayerWork | None", active_request(self))
 
-    def _capture(self, layer: int, part: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            work = self._work()
-            if work is not None and work.wants(layer):
-                work.capture(part, output)
+def check_seen(seen: bool, where: str) -> None:
+    """Refuse what a part of the model made without its hooks: nothing was done there.
 
-        return hook
+    Args:
+        seen: whether the hooks ran.
+        where: the part, for the message.
 
-    def _observe(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, ___: Any) -> None:
-            work = self._work()
-            if work is not None:
-                # Gradient checkpointing runs a layer again in the backward pass, where nothing is
-                # left to score. It must find the same graph as before: scoring leaves none.
-                with torch.no_grad():
-                    work.observe(layer, self._parts)
+    Raises:
+        UnsupportedError: they did not.
+    """
+    if not seen:
+        raise UnsupportedError(
+            f"{where} ran, but its hooks did not, so that methods could do nothing. torch.compile "
+            "leaves out hooks that come after its first run: call torch.compiler.reset() once "
+            "the EfficientLMM is made. A forward() that was replaced may leave them out too."
+        )
 
-        return hook
 
-    def _enter(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-            work = self._work()
-            return None if work is None else work.enter(layer, args, kwargs, self._parts)
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Take hooks off their modules."""
+    while handles:
+        handles.pop().remove()
 
-        return hook
 
-    def _leave(self, layer: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            work = self._work()
-            return None if work is None else work.leave(layer, output, self._parts)
+def _capture(layer: int, part: int, work: LayerWork, _: nn.Module, __: Any, output: Tensor) -> None:
+    if work.wants(layer):
+        work.capture(part, output)
 
-        return hook
+
+def _observe(layer: int, parts: Any, work: LayerWork, *_: Any) -> None:
+    # Gradient checkpointing runs a layer again in the backward pass, where nothing is left to
+    # score. It must find the same graph as before: scoring leaves none.
+    with torch.no_grad():
+        work.observe(layer, parts)
+
+
+def _enter(
+    layer: int,
+    parts: Any,
+    work: LayerWork,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Arguments | None:
+    return work.enter(layer, args, kwargs, parts)
+
+
+def _leave(
+    layer: int, parts: Any, work: LayerWork, _: nn.Module, __: Any, output: Tensor
+) -> Tensor | None:
+    return work.leave(layer, output, parts)

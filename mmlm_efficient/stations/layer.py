@@ -17,13 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts
-from mmlm_efficient.stations.active import activate, active_request
+from mmlm_efficient.stations.active import activate
 from mmlm_efficient.stations.bridge import Block, PromptLayout
-from mmlm_efficient.stations.hooks import Arguments, LayerHooks
+from mmlm_efficient.stations.handed import cache_of, causal_mask, check_decoder
+from mmlm_efficient.stations.hooks import Arguments, LayerHooks, StationHook, check_seen
 from mmlm_efficient.stations.layer_rows import (
     LayerCut,
     LayerScorer,
@@ -88,6 +88,7 @@ class LayerRequest:
         cut_layers: decoder layers whose output was cut, in order.
         counts: for each image, its tokens after each of those cuts.
         scored_layers: decoder layers that were scored in the last prefill.
+        steps: forwards over generated tokens since the last prefill.
         seconds: host seconds spent in scoring and cutting.
     """
 
@@ -101,6 +102,7 @@ class LayerRequest:
         self.counts: dict[int, list[int]] = {}
         self.scored_layers: list[int] = []
         self.prefilled = False
+        self.steps = 0
         self.seconds = 0.0
         self._compact = compact
         self._gaps = gaps
@@ -129,11 +131,24 @@ class LayerRequest:
         """The prompt as it enters the layer that runs now."""
         return self._layouts[0 if self._forward is None else self._forward.stage]
 
+    def check_acted(self, new_tokens: int) -> None:
+        """The model has run: refuse its result where the request should have worked and did not.
+
+        Args:
+            new_tokens: tokens that were generated, 0 for a plain forward.
+
+        Raises:
+            UnsupportedError: it did not see the prompt, or no generated token behind a cut.
+        """
+        check_seen(self._forward is not None, "the language model")
+        if self.cut_layers:
+            check_seen(new_tokens < 2 or self.steps > 0, "decoding")
+
     # -- one forward -----------------------------------------------------------------------
 
     def begin(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
         """A forward starts; hidden [B, L, D] enters layer 0."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         n_samples, width = self._layouts[0].mask.shape
         copies, rest = divmod(hidden.shape[0], n_samples)
@@ -146,7 +161,7 @@ class LayerRequest:
         if self.cuts and not prefill and (not self.prefilled or past < width):
             raise UnsupportedError(
                 f"the cache holds {past} tokens before the prompt's first forward. Pruning in the "
-                "decoder supports only an empty cache there: leave out past_key_values, and give "
+                "decoder supports only an empty cache there: leave it out, and give "
                 "the earlier turns as part of the prompt."
             )
         n_new = hidden.shape[1] - width if prefill else 0
@@ -155,6 +170,7 @@ class LayerRequest:
             if n_new == 0:
                 self._restart()
         wanted = any(cut.embeddings for cut in self.cuts.values()) and prefill and n_new == 0
+        self.steps += int(not prefill or n_new > 0)
         self._forward = _Forward(
             prefill=prefill, n_new=n_new, copies=copies, embeddings=hidden if wanted else None
         )
@@ -195,6 +211,7 @@ class LayerRequest:
         self.cut_layers.clear()
         self.scored_layers.clear()
         self.prefilled = True
+        self.steps = 0
         self.seconds = 0.0
 
     def enter(
@@ -206,29 +223,34 @@ class LayerRequest:
             self.begin(hidden, kwargs)
         forward = self._running()
         forward.rope = kwargs.get("position_embeddings")
-        cache: Any = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         # Without a cache and a mask, transformers takes gaps between position ids for borders of
         # packed sequences: give it a mask of ours instead.
         repair = self._gaps and cache is None
         if forward.stage == 0 and not repair:
             return None
-        layout = self._layouts[forward.stage]
-        if forward.prefill:
-            layout = layout.extended(forward.n_new)
-        else:
-            total = int(cache.get_seq_length(layer)) + hidden.shape[1]
-            layout = layout.extended(total - layout.mask.shape[1])
-        changed = dict(kwargs)
-        key = (forward.stage, parts.sliding[layer])
-        if key not in forward.tables:
-            forward.tables[key] = self._mask(layer, hidden, layout, cache, parts)
-        changed["attention_mask"] = forward.tables[key]
-        if forward.stage > 0:
-            if forward.stage not in forward.tables:
-                forward.tables[forward.stage] = self._positions(kwargs, layout, hidden, parts)
-            changed["position_ids"], changed["position_embeddings"] = forward.tables[forward.stage]
+        # The same for all layers of a stage: made by the first of them.
+        tables, stage = forward.tables, forward.stage
+        masked = (stage, parts.sliding[layer])
+        if masked not in tables or (stage > 0 and stage not in tables):
+            layout = self._entering(layer, hidden, cache)
+            tables[masked] = self._mask(layer, hidden, layout, cache, parts)
+            if stage > 0 and stage not in tables:
+                tables[stage] = self._positions(kwargs, layout, hidden, parts)
+        changed = {**kwargs, "attention_mask": tables[masked]}
+        if stage > 0:
+            changed["position_ids"], changed["position_embeddings"] = tables[stage]
             forward.rope = changed["position_embeddings"]
         return args, changed
+
+    def _entering(self, layer: int, hidden: Tensor, cache: Any) -> PromptLayout:
+        """What the layer that runs now attends to: its part of the prompt, and new tokens."""
+        forward = self._running()
+        layout = self._layouts[forward.stage]
+        if forward.prefill:
+            return layout.extended(forward.n_new)
+        total = int(cache.get_seq_length(layer)) + hidden.shape[1]
+        return layout.extended(total - layout.mask.shape[1])
 
     def _mask(
         self, layer: int, hidden: Tensor, layout: PromptLayout, cache: Any, parts: DecoderParts
@@ -237,14 +259,8 @@ class LayerRequest:
         mask = None
         if not bool(layout.mask.all()):
             mask = layout.mask.repeat_interleave(copies, dim=0).to(hidden.device)
-        create = create_sliding_window_causal_mask if parts.sliding[layer] else create_causal_mask
-        return create(
-            config=parts.config,
-            inputs_embeds=hidden,
-            attention_mask=mask,
-            past_key_values=cache,
-            layer_idx=layer,
-        )
+        sliding = parts.sliding[layer]
+        return causal_mask(parts.config, hidden, mask, cache, layer, sliding=sliding)
 
     def _positions(
         self,
@@ -470,14 +486,17 @@ class LayerStation(LayerHooks[DecoderParts]):
 
     Args:
         parts: the decoder, from its family.
+
+    Raises:
+        UnsupportedError: a release of transformers whose layers are called otherwise.
     """
 
     def __init__(self, parts: DecoderParts) -> None:
+        check_decoder(parts)
         super().__init__(parts)
+        check = StationHook(self.key, _check_labels)
         if parts.head is not None:
-            self._handles.append(
-                parts.head.register_forward_pre_hook(self._check_labels, with_kwargs=True)
-            )
+            self._handles.append(parts.head.register_forward_pre_hook(check, with_kwargs=True))
 
     @contextmanager
     def active(self, request: LayerRequest) -> Iterator[None]:
@@ -486,19 +505,21 @@ class LayerStation(LayerHooks[DecoderParts]):
             yield
             return
         self.check_open()
-        with activate(self, request):
+        with activate(self.key, request):
             yield
         # Closed meanwhile: what ran without the hooks is no result.
         self.check_open()
 
-    def _check_labels(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse labels that the model would compare with the logits of a cut sequence."""
-        request = cast("LayerRequest | None", active_request(self))
-        if request is None or not request.cuts or kwargs.get("labels") is None:
-            return
-        raise UnsupportedError(
-            "labels: tokens are cut inside the language model (after decoder layer "
-            f"{', '.join(map(str, request.cuts))}), so the model's own loss would pair its logits "
-            "with the labels of other tokens. Use EfficientLMM.forward(labels=...), or leave the "
-            "labels out here and compute the loss with Prepared.labels_left(labels)."
-        )
+
+def _check_labels(
+    request: LayerRequest, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse labels that the model would compare with the logits of a cut sequence."""
+    if not request.cuts or kwargs.get("labels") is None:
+        return
+    raise UnsupportedError(
+        "labels: tokens are cut inside the language model (after decoder layer "
+        f"{', '.join(map(str, request.cuts))}), so the model's own loss would pair its logits "
+        "with the labels of other tokens. Use EfficientLMM.forward(labels=...), or leave the "
+        "labels out here and compute the loss with Prepared.labels_left(labels)."
+    )

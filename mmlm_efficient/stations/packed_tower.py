@@ -27,7 +27,8 @@ from transformers.vision_utils import get_vision_window_index
 from mmlm_efficient.errors import SettingsError, UnsupportedError
 from mmlm_efficient.families.packed import PackedTowerParts, packed_tower_parts
 from mmlm_efficient.stations.active import activate
-from mmlm_efficient.stations.hooks import Arguments, LayerHooks
+from mmlm_efficient.stations.handed import check_tower
+from mmlm_efficient.stations.hooks import Arguments, LayerHooks, StationHook, check_seen
 from mmlm_efficient.stations.tower import TowerPass, TowerRows, TowerRun
 
 __all__ = [
@@ -373,10 +374,12 @@ class PackedTowerStation(LayerHooks[Any]):
     """
 
     def __init__(self, parts: PackedTowerParts) -> None:
+        check_tower(parts.layers, ("hidden_states", "cu_seqlens", "position_embeddings"))
         super().__init__(parts)
-        self._handles.append(parts.merger.register_forward_pre_hook(self._check_merge))
+        check, merge = StationHook(self.key, _check_merge), StationHook(self.key, _merge)
+        self._handles.append(parts.merger.register_forward_pre_hook(check))
         # First among the merger's hooks, as on the blocks.
-        self._handles.append(parts.merger.register_forward_hook(self._merge, prepend=True))
+        self._handles.append(parts.merger.register_forward_hook(merge, prepend=True))
 
     @contextmanager
     def running(
@@ -390,19 +393,20 @@ class PackedTowerStation(LayerHooks[Any]):
                 :func:`slices_of`.
 
         Raises:
-            UnsupportedError: the station is closed.
+            UnsupportedError: the station is closed, or the tower ran without its hooks.
             SettingsError: a slice that cannot be merged, or in the tower other slices.
         """
         self.check_open()
         run = PackedTowerRun(tower_pass, slices, self._parts)
-        with activate(self, run):
+        with activate(self.key, run):
             yield run
+        check_seen(bool(run.layer_counts), "the vision tower")
 
-    def _check_merge(self, _: nn.Module, __: Any) -> None:
-        work = self._work()
-        if isinstance(work, PackedTowerRun):
-            work.check_merge()
 
-    def _merge(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        work = self._work()
-        return work.merge(output) if isinstance(work, PackedTowerRun) else None
+def _check_merge(work: Any, *_: Any) -> None:
+    if isinstance(work, PackedTowerRun):
+        work.check_merge()
+
+
+def _merge(work: Any, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    return work.merge(output) if isinstance(work, PackedTowerRun) else None

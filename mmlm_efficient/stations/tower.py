@@ -21,7 +21,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from mmlm_efficient.families.base import TowerParts
 from mmlm_efficient.stations.active import activate
-from mmlm_efficient.stations.hooks import Arguments, LayerHooks
+from mmlm_efficient.stations.handed import check_tower
+from mmlm_efficient.stations.hooks import Arguments, LayerHooks, check_seen
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,10 @@ class TowerStation(LayerHooks[TowerParts]):
         run.kept  # per image
     """
 
+    def __init__(self, parts: TowerParts) -> None:
+        check_tower(parts.layers, ("hidden_states", "attention_mask"))
+        super().__init__(parts)
+
     @contextmanager
     def running(
         self, tower_pass: TowerPass, slices: Sequence[tuple[int, int]] = ()
@@ -241,8 +246,12 @@ class TowerStation(LayerHooks[TowerParts]):
         Args:
             tower_pass: the method's.
             slices: only of interest to packed towers, whose station takes the same arguments.
+
+        Raises:
+            UnsupportedError: the station is closed, or the tower ran without its hooks.
         """
         self.check_open()
         run = TowerRun(tower_pass, self._parts.has_cls)
-        with activate(self, run):
+        with activate(self.key, run):
             yield run
+        check_seen(bool(run.layer_counts), "the vision tower")

@@ -27,6 +27,7 @@ from mmlm_efficient.pruning.divprune import farthest_order
 from mmlm_efficient.pruning.visionzip import zip_tokens
 from mmlm_efficient.pruning.vispruner import important_and_diverse
 from mmlm_efficient.stations.bridge import PaddingSide
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.tokens import CLS_INDEX
 from tests import tiny
 
@@ -156,9 +157,7 @@ def test_keeping_all_is_the_stock_model_to_the_bit(
         prepared = prepare(parts, inputs, [METHODS[name](**budget)])
         got = forward(prepared)
     assert torch.equal(got.logits, want.logits)
-    for got_layer, want_layer in zip(
-        got.past_key_values.layers, want.past_key_values.layers, strict=True
-    ):
+    for got_layer, want_layer in zip(got[CACHE].layers, want[CACHE].layers, strict=True):
         assert torch.equal(got_layer.keys, want_layer.keys)
     for report in prepared.report().images:
         assert report.kept.tolist() == list(range(N))

@@ -16,6 +16,7 @@ from mmlm_efficient.pruning.base import TowerJob
 from mmlm_efficient.pruning.flowcut_scores import query_scores
 from mmlm_efficient.pruning.flowcut_tower import FlowCutPass, LayerTerms
 from mmlm_efficient.stations.bridge import Block, PromptLayout
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.stations.layer import LayerCut, LayerRequest, LayerStation, SampleRows
 from mmlm_efficient.stations.tower import TowerStation
 
@@ -191,13 +192,11 @@ def test_language_model(budget: int, attn: str) -> None:
     cache = DynamicCache(config=config)
     prefix = f"T{budget}/"
     with torch.no_grad(), station.active(request):
-        prefill = model(
-            inputs_embeds=torch.from_numpy(arrays["inputs_embeds"]), past_key_values=cache
-        )
+        prefill = model(inputs_embeds=torch.from_numpy(arrays["inputs_embeds"]), **{CACHE: cache})
         lengths = [cache.get_seq_length(layer) for layer in range(4)]
         assert lengths == arrays[prefix + "kv_len_per_layer"].tolist()
         steps = [
-            model(inputs_embeds=step.unsqueeze(1), past_key_values=cache).last_hidden_state
+            model(inputs_embeds=step.unsqueeze(1), **{CACHE: cache}).last_hidden_state
             for step in torch.from_numpy(arrays["decode_embeds"]).unbind(1)
         ]
     np.testing.assert_allclose(

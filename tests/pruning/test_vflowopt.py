@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.prepare import LMMParts
 from mmlm_efficient.pruning import VFlowOpt
+from mmlm_efficient.stations.handed import CACHE
 from tests import tiny
 from tests.tiny_vflowopt import (
     DEPTH,
@@ -91,7 +92,7 @@ def test_every_stage_keeps_what_the_towers_attention_says(
         stock = model.get_image_features(pixels).pooler_output[0]
         cache = DynamicCache()
         with prepared.active():
-            model(**prepared.model_inputs, past_key_values=cache)
+            model(**prepared.model_inputs, **{CACHE: cache})
         (report,) = prepared.report().images
     # Stage 0: the set, the merged features and what they stand for.
     assert set(tokens.index.tolist()) == kept[0]

@@ -17,6 +17,7 @@ from mmlm_efficient.loading import load
 from mmlm_efficient.prepare import LMMParts, Prepared, check_methods, prepare
 from mmlm_efficient.pruning import METHODS, VFlowOpt
 from mmlm_efficient.pruning.base import Method, PruningMethod
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.tokens import VisualTokens
 from tests import tiny, tiny_families
 from tests.tiny_vflowopt import DEPTH, RATIOS, SIDE, STATS, vflowopt
@@ -47,7 +48,7 @@ def prefilled(parts: LMMParts, prepared: Prepared) -> tuple[Tensor, list[int]]:
     """Logits of the last prompt tokens, and the length of every layer's cache."""
     cache = DynamicCache()
     with prepared.active():
-        logits = parts.model(**prepared.model_inputs, past_key_values=cache).logits
+        logits = parts.model(**prepared.model_inputs, **{CACHE: cache}).logits
     return logits[:, -1], [cache.get_seq_length(layer) for layer in range(DEPTH)]
 
 

@@ -25,6 +25,7 @@ from mmlm_efficient.pruning import VFlowOpt
 from mmlm_efficient.pruning.base import LayerJob, Scene
 from mmlm_efficient.pruning.observed import Observed
 from mmlm_efficient.stations.bridge import Block, PromptLayout
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.stations.layer import LayerCut, LayerRequest, LayerStation
 from mmlm_efficient.tokens import TokenPlaces, VisualTokens
 from tests import tiny
@@ -100,7 +101,7 @@ def request_of(cuts: tuple[LayerCut, ...], arrays: dict[str, Tensor]) -> LayerRe
 def run(model: Any, embeds: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """Last hidden state of the prompt, logits of all steps, greedy ids, and cache lengths."""
     cache, logits, ids = DynamicCache(), [], []
-    output = model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    output = model.model(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
     state = output.last_hidden_state[0, -1]
     lengths = [cache.get_seq_length(layer) for layer in range(N_LAYERS)]
     last = state
@@ -109,7 +110,7 @@ def run(model: Any, embeds: Tensor) -> tuple[Tensor, Tensor, list[int], list[int
         ids.append(int(logits[-1].argmax()))
         if step < STEPS - 1:
             output = model.model(
-                input_ids=torch.tensor([[ids[-1]]]), past_key_values=cache, use_cache=True
+                input_ids=torch.tensor([[ids[-1]]]), **{CACHE: cache}, use_cache=True
             )
             last = output.last_hidden_state[0, -1]
     return state, torch.stack(logits), ids, lengths

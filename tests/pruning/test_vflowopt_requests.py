@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from mmlm_efficient.errors import SettingsError, UnsupportedError
 from mmlm_efficient.prepare import LMMParts, prepare
 from mmlm_efficient.pruning import VFlowOpt
+from mmlm_efficient.stations.handed import CACHE
 from tests import tiny
 from tests.tiny_vflowopt import (
     DEPTH,
@@ -128,11 +129,11 @@ def test_more_tokens_on_the_cache_prune_nothing(model: Any, parts: LMMParts) -> 
     for chunks in ([more], list(more.split(1, dim=1))):
         cache, logits = DynamicCache(), []
         with prepared.active():
-            model(**prepared.model_inputs, past_key_values=cache)
+            model(**prepared.model_inputs, **{CACHE: cache})
             before = [cache.get_seq_length(layer) for layer in range(DEPTH)]
             handle = last.register_forward_pre_hook(watch, with_kwargs=True)
             for chunk in chunks:
-                logits.append(model(input_ids=chunk, past_key_values=cache).logits)
+                logits.append(model(input_ids=chunk, **{CACHE: cache}).logits)
             handle.remove()
         after = [cache.get_seq_length(layer) for layer in range(DEPTH)]
         assert [new - old for new, old in zip(after, before, strict=True)] == [5] * DEPTH
@@ -184,7 +185,7 @@ def test_a_static_cache_is_refused(model: Any, parts: LMMParts) -> None:
     prepared = ready(parts, vflowopt())
     match = "StaticCache cannot hold"
     with torch.no_grad(), prepared.active(), pytest.raises(UnsupportedError, match=match):
-        model(**prepared.model_inputs, past_key_values=cache)
+        model(**prepared.model_inputs, **{CACHE: cache})
 
 
 # -- batches -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from mmlm_efficient.sinks.redistribution import Keys
 from mmlm_efficient.sinks.request import RedistributionRequest
 from mmlm_efficient.sinks.var import VAR
 from mmlm_efficient.stations.attention import NAME
+from mmlm_efficient.stations.handed import CACHE
 from tests import tiny
 from tests.sinks.test_var import SINKS, parts_of, prepared, stats_of
 from tests.test_matrix import FAMILIES, LLAVA, generated, inputs_of, logits_of
@@ -185,9 +186,9 @@ def test_a_closed_station_refuses_what_was_prepared() -> None:
 def test_a_filled_cache_is_refused_even_without_a_picture() -> None:
     parts = parts_of("llava")
     with torch.no_grad():
-        cache = parts.model(**inputs_of("llava", 0), use_cache=True).past_key_values
-    turn = {"input_ids": torch.tensor([[5, 6]]), "past_key_values": cache}
-    with pytest.raises(UnsupportedError, match="past_key_values"):
+        cache = parts.model(**inputs_of("llava", 0), use_cache=True)[CACHE]
+    turn = {"input_ids": torch.tensor([[5, 6]]), CACHE: cache}
+    with pytest.raises(UnsupportedError, match=CACHE):
         prepare(parts, turn, [VAR(**SINKS)])
 
 
@@ -293,11 +294,11 @@ def test_a_prompt_that_runs_again_behind_a_crop() -> None:
     one = prepared("llava", VAR(**SINKS, return_stats=True), sample=0)
     with one.active():
         output = one.parts.model(**one.model_inputs, use_cache=True)
-        want, cache = output.logits[:, -1].clone(), output.past_key_values
+        want, cache = output.logits[:, -1].clone(), output[CACHE]
         recorded = [(layer.eligible, layer.by_head) for layer in stats_of(one)]
         cache.crop(-2)
         last = one.model_inputs["input_ids"][:, -2:]
-        again = one.parts.model(input_ids=last, past_key_values=cache)
+        again = one.parts.model(input_ids=last, **{CACHE: cache})
     torch.testing.assert_close(again.logits[:, -1], want, atol=2e-5, rtol=0)
     assert [(layer.eligible, layer.by_head) for layer in stats_of(one)] == recorded
 
@@ -306,10 +307,10 @@ def test_a_prompt_that_runs_again_behind_a_crop() -> None:
 def test_a_cache_of_another_request_is_refused() -> None:
     first, second = (prepared("llava", VAR(**SINKS), sample=0) for _ in range(2))
     with first.active():
-        cache = first.parts.model(**first.model_inputs, use_cache=True).past_key_values
+        cache = first.parts.model(**first.model_inputs, use_cache=True)[CACHE]
     word = torch.tensor([[5]])
     with second.active(), pytest.raises(UnsupportedError, match="has not seen all"):
-        second.parts.model(input_ids=word, past_key_values=cache)
+        second.parts.model(input_ids=word, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -338,10 +339,10 @@ def test_a_batch_of_other_prompts_is_refused(rows: int) -> None:
 def test_a_cache_whose_batch_grew_behind_the_prompt_is_refused() -> None:
     one = prepared("llava", VAR(**SINKS), sample=0)
     with one.active():
-        cache = one.parts.model(**one.model_inputs, use_cache=True).past_key_values
+        cache = one.parts.model(**one.model_inputs, use_cache=True)[CACHE]
         cache.batch_repeat_interleave(2)
-        with pytest.raises(UnsupportedError, match="^past_key_values: holds"):
-            one.parts.model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="^the cache holds"):
+            one.parts.model(input_ids=torch.tensor([[5], [6]]), **{CACHE: cache})
 
 
 def forward_on(keys: str, eligible: str) -> Forward:

@@ -22,6 +22,7 @@ from mmlm_efficient.sinks.redistribution import Rule
 from mmlm_efficient.sinks.request import RedistributionRequest
 from mmlm_efficient.stations.attention import NAME, AttentionStation, AttentionWork
 from mmlm_efficient.stations.bridge import Block, PromptLayout
+from mmlm_efficient.stations.handed import CACHE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var" / "tiny_lm_seed11.npz"
 IMAGE = slice(5, 14)
@@ -90,11 +91,11 @@ def logits_of(
     embeds = torch.from_numpy(golden["inputs_embeds"])[None]
     cache, found = None, []
     for chunk in chunks:
-        output = model(inputs_embeds=embeds[:, chunk], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(inputs_embeds=embeds[:, chunk], **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
     found.append(output.logits[0, -1])
     for token in tokens:
-        output = model(input_ids=torch.tensor([[int(token)]]), past_key_values=cache)
+        output = model(input_ids=torch.tensor([[int(token)]]), **{CACHE: cache})
         found.append(output.logits[0, -1])
     return torch.stack(found)
 

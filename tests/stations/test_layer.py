@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.prepare import LMMParts, Prepared, prepare
 from mmlm_efficient.pruning import FlowCut
+from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.stations.layer import LayerCut, LayerRequest, SampleRows
 from tests import tiny
 
@@ -124,7 +125,7 @@ def test_cache_lengths_and_decoding_positions(text: str, position_ids: str) -> N
     width = prepared.layout.mask.shape[1]
     left = columns_left(prepared)
     shorter = max(len(columns) for columns in left)
-    cache = output.past_key_values
+    cache = output[CACHE]
     lengths = [cache.get_seq_length(layer) for layer in range(4)]
     assert lengths == [width + 3, width + 3, shorter + 3, shorter + 3]
     removed = prepared.layout.mask.sum(1) - torch.tensor([len(columns) for columns in left])
@@ -217,8 +218,8 @@ def test_a_target_above_the_count_leaves_output_and_cache_stock() -> None:
     assert torch.equal(got.logits, want.logits)
     for layer in range(4):
         got_layer, want_layer = (
-            got.past_key_values.layers[layer],
-            want.past_key_values.layers[layer],
+            got[CACHE].layers[layer],
+            want[CACHE].layers[layer],
         )
         assert torch.equal(got_layer.keys, want_layer.keys)
 
@@ -347,7 +348,7 @@ class TestRefusals:
             cache = DynamicCache(config=model.config.get_text_config())
             longer = torch.zeros(3, prepared.layout.mask.shape[1] + 2, 32)
             with prepared.active(), pytest.raises(UnsupportedError, match="assistant_model"):
-                model.model.language_model(inputs_embeds=longer, past_key_values=cache)
+                model.model.language_model(inputs_embeds=longer, **{CACHE: cache})
 
     def test_filled_cache(self) -> None:
         model = tiny.tiny_llava()
@@ -355,11 +356,11 @@ class TestRefusals:
         with torch.no_grad(), LMMParts(model) as parts:
             prepared = pruned(parts)
             mask = prepared.model_inputs["attention_mask"]
-            model(torch.full((3, 4), 5), past_key_values=cache)
+            model(torch.full((3, 4), 5), **{CACHE: cache})
             inputs = {
                 **prepared.model_inputs,
                 "attention_mask": torch.cat([torch.ones_like(mask[:, :4]), mask], dim=1),
-                "past_key_values": cache,
+                CACHE: cache,
             }
             with prepared.active(), pytest.raises(UnsupportedError, match="only an empty cache"):
                 model(**inputs)
@@ -370,7 +371,7 @@ class TestRefusals:
         with torch.no_grad(), LMMParts(model) as parts:
             prepared = pruned(parts)
             with prepared.active(), pytest.raises(UnsupportedError, match="dynamic cache"):
-                model(**prepared.model_inputs, past_key_values=cache)
+                model(**prepared.model_inputs, **{CACHE: cache})
 
     def test_another_batch_than_the_prepared_one(self) -> None:
         model = tiny.tiny_llava()
