@@ -93,7 +93,12 @@ def answer_batch(engine: Engine, batch: Batch) -> Iterator[tuple[str, list[Outco
 
 def place_of(lmm: EfficientLMM) -> Place:
     """Where this process runs a model."""
-    return Place(hardware(lmm.model.device), torch.get_num_threads(), lmm.image_fit, lmm.sampling)
+    return Place(
+        hardware(lmm.parts.family.input_device),
+        torch.get_num_threads(),
+        lmm.image_fit,
+        lmm.sampling,
+    )
 
 
 class LocalAnswers:

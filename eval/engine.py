@@ -69,7 +69,7 @@ class Engine:
 
     def __init__(self, lmm: EfficientLMM) -> None:
         self.lmm = lmm
-        self._peak = PeakMemory(lmm.model.device)
+        self._peak = PeakMemory(lmm.parts.family.input_device)
 
     def answer(
         self, samples: Sequence[Sample], methods: Sequence[Method], seed: int = 0

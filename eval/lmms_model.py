@@ -176,7 +176,7 @@ class EfficientChatModel(lmms):  # type: ignore[misc]
     @property
     def device(self) -> Any:
         """Where the model is."""
-        return self._lmm.model.device
+        return self._lmm.parts.family.input_device
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Answers, cut at the task's texts, in the order of the requests.

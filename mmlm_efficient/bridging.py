@@ -133,7 +133,7 @@ def cut_prompt(
     check_visible(layout)
     axes = family.position_axes(inputs) if family.axes else None
     layout, source = layout.cut(keep)
-    config = parts.model.config
+    config = family.model.config
     pad = getattr(config, "pad_token_id", None)
     if pad is None:
         pad = getattr(config.get_text_config(), "pad_token_id", None)

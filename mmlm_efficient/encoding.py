@@ -22,6 +22,7 @@ from mmlm_efficient.clock import Span
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families import Family
 from mmlm_efficient.families.base import Visual, padded_stack
+from mmlm_efficient.families.wrapped import own_weights
 from mmlm_efficient.packing import crop_of_packed, packed_crops, packed_scores
 from mmlm_efficient.pruning.base import PruningMethod, TowerJob
 from mmlm_efficient.pruning.observed import Crop, Observed, ObservePass, Sight
@@ -139,7 +140,8 @@ def encode(
     pixels = _pixels(family, inputs, visuals)
     span = _span(family, inputs)
     if not (bool(sights) if crops is None else crops):
-        features = family.stock_features(inputs, visuals)
+        with own_weights(family.model.model):
+            features = family.stock_features(inputs, visuals)
         return Encoded(visuals, None, features, pixels=pixels, span=span.end())
     watched = family.feature_layer if layer is None and sights else layer
     seen: Sequence[Observed] = ()

@@ -38,6 +38,23 @@ def group_sums(rows: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tens
     return sums, sizes
 
 
+def group_means(rows: Tensor, group: Tensor, n_groups: int) -> Tensor:
+    """Means of the rows of each group as the methods' code takes them: sum / (size + 1e-6).
+
+    Args:
+        rows, group, n_groups: as in `group_sums`.
+
+    Returns:
+        float32 [n_groups, ..].
+
+    Example:
+        >>> group_means(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 1).round(decimals=3)
+        tensor([[2.]])
+    """
+    sums, sizes = group_sums(rows, group, n_groups)
+    return sums / (sizes.float() + 1e-6).view(-1, *[1] * (sums.ndim - 1))
+
+
 def group_members(positions: Tensor, group: Tensor, n_groups: int) -> tuple[tuple[int, ...], ...]:
     """Positions of each group, in their given order.
 

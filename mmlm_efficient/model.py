@@ -84,7 +84,8 @@ class EfficientLMM:
     """A multimodal model that prunes visual tokens on the way, and says what it did.
 
     Args:
-        model: a model of transformers that belongs to a supported family; it stays usable beside.
+        model: a model of transformers that belongs to a supported family, also compiled, with
+            adapters, or off-loaded and split by accelerate; it stays usable beside.
         processor: its processor, with a chat template for `ask`.
         methods: what every request goes through unless it says otherwise: method objects, or
             their short forms such as "flowcut:64".
@@ -118,6 +119,7 @@ class EfficientLMM:
         self._parts = LMMParts(model, image_stats(processor), name)
         self.name = name or model_name(self._parts.family.model)
         try:
+            self._parts.family.input_device  # noqa: B018 (refuses a model without weights)
             self._methods = self._checked(methods)
         except Exception:
             self._parts.close()

@@ -176,7 +176,7 @@ def calibrate_sinks(
         PromptError: a sample's prompt does not fit the model, or exceeds its context.
         UnsupportedError: no dimension is massive, or states are no numbers.
     """
-    config = lmm.model.config
+    config = lmm.parts.family.model.config
     fingerprint = Fingerprint.of(config)
     threshold = _usable_threshold(threshold, fingerprint.hidden_size)
     if dims is not None:
@@ -199,7 +199,7 @@ def calibrate_sinks(
         model=lmm.name,
         family=lmm._parts.identity.family,
         fingerprint=fingerprint,
-        weights=signs_digest(lmm.model),
+        weights=signs_digest(lmm.parts.family.model),
         dims=tuple(found),
         threshold=threshold,
         visual_only=visual_only,
@@ -211,7 +211,7 @@ def calibrate_sinks(
             "samples_sha256": samples_digest(samples, prompts),
             "candidates": list(seen.candidates()),
             "given": dims is not None,
-            "dtype": str(lmm.model.dtype).removeprefix("torch."),
+            "dtype": str(lmm.parts.family.model.dtype).removeprefix("torch."),
             "versions": versions(),
         },
         layers=tuple(layers),

@@ -157,7 +157,7 @@ def optimize_profile(
         "space": space,
         "samples": len(samples),
         "samples_sha256": samples_digest(samples, [one.inputs["input_ids"] for one in prompts]),
-        "weights_sha256": weights_digest(lmm.model, lmm.name),
+        "weights_sha256": weights_digest(lmm.parts.family.model, lmm.name),
     }
     result = search(
         objective,
@@ -235,7 +235,9 @@ def _check_tokens(parts: LMMParts, prompts: Sequence[Prompt]) -> None:
 def model_inputs(lmm: EfficientLMM, sample: Sample) -> dict[str, Any]:
     """Model inputs of one sample on the model's device."""
     device = lmm.parts.family.input_device
-    given = preprocess(lmm.processor, [(sample.question, sample.image())], lmm.model.dtype)
+    given = preprocess(
+        lmm.processor, [(sample.question, sample.image())], lmm.parts.family.model.dtype
+    )
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in given.items()

@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of, sizes_of
 from mmlm_efficient.families.base import Visual, pixels_of
 from mmlm_efficient.families.llava_like import LlavaLike
-from mmlm_efficient.families.wrapped import weight_of
+from mmlm_efficient.families.wrapped import own_weights
 
 
 class LlavaNext(LlavaLike):
@@ -74,7 +74,10 @@ class LlavaNext(LlavaLike):
     @property
     def newline(self) -> Tensor:
         """``image_newline``."""
-        return weight_of(self.model.model, "image_newline")
+        inner = self.model.model
+        with own_weights(inner):
+            embedding: Tensor = inner.image_newline
+        return embedding
 
     def pack(self, values: Tensor, visual: Visual, newline: Tensor | None) -> Tensor:
         """The model's own ``pack_image_features``."""

@@ -20,7 +20,7 @@ from mmlm_efficient.families.anyres import anyres_places, check_crops, crops_of,
 from mmlm_efficient.families.base import Kind, Visual, pixels_of, whole_numbers
 from mmlm_efficient.families.frames import FrameProcessor, SquareFrames
 from mmlm_efficient.families.llava_like import LlavaLike
-from mmlm_efficient.families.wrapped import weight_of
+from mmlm_efficient.families.wrapped import own_weights
 from mmlm_efficient.tokens import TokenPlaces
 
 
@@ -167,7 +167,10 @@ class LlavaOnevision(LlavaLike):
     @property
     def newline(self) -> Tensor:
         """``image_newline``."""
-        return weight_of(self.model.model, "image_newline")
+        inner = self.model.model
+        with own_weights(inner):
+            embedding: Tensor = inner.image_newline
+        return embedding
 
     def pack(self, values: Tensor, visual: Visual, newline: Tensor | None) -> Tensor:
         """The model's own ``pack_image_features`` and ``apply_pooling``."""

@@ -5,10 +5,12 @@ What is inside says what kind of model it is; what was given is what runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mmlm_efficient.errors import UnsupportedError
@@ -61,14 +63,21 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def weight_of(module: nn.Module, name: str) -> Tensor:
-    """A parameter that a module holds itself, fetched from where accelerate has put it."""
-    weight: Tensor = getattr(module, name)
-    if weight.is_meta:
-        for hook in _hooks_of(module):
-            if getattr(hook, "weights_map", None) is not None:
-                weight = hook.weights_map[name]
-    return weight
+@contextmanager
+def own_weights(module: nn.Module) -> Iterator[None]:
+    """Have the parameters that a module holds itself in memory inside the ``with`` block.
+
+    accelerate brings those it has put elsewhere for the module's forward() alone; this is for
+    calling other methods of the module.
+    """
+    hooks = _hooks_of(module)
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

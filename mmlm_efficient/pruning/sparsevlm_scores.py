@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmlm_efficient.errors import PromptError, SettingsError
-from mmlm_efficient.groups import group_members, group_sums
+from mmlm_efficient.groups import group_means, group_members
 from mmlm_efficient.pruning.attention_scores import float_products
 from mmlm_efficient.tokens import top_positions
 
@@ -175,8 +175,8 @@ def merged_features(hidden: Tensor, plan: Clusters) -> Tensor:
     """
     if len(plan.centres) == 0:
         return hidden[:0]
-    sums, sizes = group_sums(hidden[plan.positions], plan.assignment, len(plan.centres))
-    return (sums / (sizes.unsqueeze(1) + 1e-6)).to(hidden.dtype)
+    means = group_means(hidden[plan.positions], plan.assignment, len(plan.centres))
+    return means.to(hidden.dtype)
 
 
 def schedule(keep_ratio: float) -> tuple[float, float, float]:

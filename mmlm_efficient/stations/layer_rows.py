@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families.base import DecoderParts
-from mmlm_efficient.groups import group_sums
+from mmlm_efficient.groups import group_means
 from mmlm_efficient.stations.bridge import Block, PromptLayout
 
 
@@ -238,7 +238,6 @@ def cut_rows(hidden: Tensor, source: Tensor, merges: Sequence[Merge], copies: in
             n_groups += len(merge.columns)
     members, places = (torch.cat(pair, dim=1).to(hidden.device) for pair in (old, new))
     numbers = torch.cat(group).to(hidden.device)
-    sums, sizes = group_sums(hidden[members[0], members[1]], numbers, n_groups)
-    means = sums / (sizes.unsqueeze(1) + 1e-6)
+    means = group_means(hidden[members[0], members[1]], numbers, n_groups)
     # In place: the gathered rows are new, and nothing needs them for a gradient.
     return shorter.index_put_((places[0], places[1]), means.to(hidden.dtype))
