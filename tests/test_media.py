@@ -332,7 +332,7 @@ def test_bomb_is_refused_from_its_header() -> None:
 def test_limits_can_be_set() -> None:
     refuse(noise(), "1,200 pixels", "at most 1,000", limits=ImageLimits(max_pixels=1000))
     data = encoded(noise())
-    refuse(data, f"{len(data):,} bytes", "at most 100", limits=ImageLimits(max_file_bytes=100))
+    refuse(data, f"{len(data):,} bytes", "at most 100", limits=ImageLimits(max_image_bytes=100))
 
 
 def test_thin_picture_that_a_resize_would_blow_up() -> None:
