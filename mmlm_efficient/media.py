@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -255,10 +255,7 @@ def _no_picture(header: bytes) -> str:
     foreign = _foreign_format(header)
     if foreign is not None:
         return f"is of the format {foreign}, which is not read here. Convert it to PNG or JPEG."
-    return (
-        "is not a picture, or its header is damaged. "
-        f"Readable formats: {', '.join(FORMATS)}."
-    )
+    return f"is not a picture, or its header is damaged. Readable formats: {', '.join(FORMATS)}."
 
 
 def _essential(png: bytes) -> bytes:

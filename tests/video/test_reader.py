@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from mmlm_efficient.errors import MediaError, SettingsError
-from mmlm_efficient.video import FrameSampling, VideoLimits, load_video, reader
+from mmlm_efficient.media import MediaLimits
+from mmlm_efficient.video import FrameSampling, load_video, reader
 
 WIDTH, HEIGHT, BLOCK = 128, 48, 8
 FORMATS = [
@@ -526,22 +527,22 @@ def test_zero_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "sampling", "message"),
     [
-        (VideoLimits(max_file_bytes=100), EVERY, "bytes; at most 100 are allowed"),
-        (VideoLimits(max_pixels=6143), EVERY, r"128 x 48 = 6,144 pixels; at most 6,143"),
-        (VideoLimits(max_frames_decoded=49), EVERY, "has 50 frames or more; at most 49"),
-        (VideoLimits(max_selected_frames=49), EVERY, r"50 frames would be kept; at most 49.*fewer"),
-        (VideoLimits(max_selected_frames=4), BY_RATE, "5 frames would be kept; at most 4"),
-        (VideoLimits(max_selected_pixels=6144 * 49), EVERY, r"50 frames of 6,144 pixels would be"),
+        (MediaLimits(max_video_bytes=100), EVERY, "bytes; at most 100 are allowed"),
+        (MediaLimits(max_pixels=6143), EVERY, r"128 x 48 = 6,144 pixels; at most 6,143"),
+        (MediaLimits(max_frames_decoded=49), EVERY, "has 50 frames or more; at most 49"),
+        (MediaLimits(max_selected_frames=49), EVERY, r"50 frames would be kept; at most 49.*fewer"),
+        (MediaLimits(max_selected_frames=4), BY_RATE, "5 frames would be kept; at most 4"),
+        (MediaLimits(max_selected_pixels=6144 * 49), EVERY, r"50 frames of 6,144 pixels would be"),
     ],
 )
-def test_limits(limits: VideoLimits, sampling: FrameSampling, message: str, mp4: Path) -> None:
+def test_limits(limits: MediaLimits, sampling: FrameSampling, message: str, mp4: Path) -> None:
     with pytest.raises(MediaError, match=rf"clip\.mp4: .*{message}"):
         load_video(mp4, sampling, limits)
 
 
 def test_limits_are_inclusive(mp4: Path) -> None:
     size = mp4.stat().st_size
-    assert load_video(mp4, EVERY, VideoLimits(size, 6144, 50, 50, 6144 * 50)).n_frames == 50
+    assert load_video(mp4, EVERY, MediaLimits(6144, 200, 1, size, 50, 50, 6144 * 50)).n_frames == 50
 
 
 def test_the_limit_of_frames_holds_without_a_header(
@@ -553,7 +554,7 @@ def test_the_limit_of_frames_holds_without_a_header(
 
     monkeypatch.setattr(cv2, "VideoCapture", WithoutCount)
     with pytest.raises(MediaError, match="has 31 frames or more; at most 30"):
-        load_video(mp4, limits=VideoLimits(max_frames_decoded=30))
+        load_video(mp4, limits=MediaLimits(max_frames_decoded=30))
 
 
 # Frames that were picked already
@@ -596,11 +597,11 @@ def test_bad_frames(source: Any, message: str) -> None:
 def test_limits_hold_for_frames() -> None:
     frames = [drawn(0)] * 3
     with pytest.raises(MediaError, match="3 frames would be kept; at most 2"):
-        load_video(frames, limits=VideoLimits(max_selected_frames=2))
+        load_video(frames, limits=MediaLimits(max_selected_frames=2))
     with pytest.raises(MediaError, match=r"frame 1 of 3: .*at most 100 are allowed"):
-        load_video(frames, limits=VideoLimits(max_pixels=100))
+        load_video(frames, limits=MediaLimits(max_pixels=100))
     with pytest.raises(MediaError, match="3 frames of 6,144 pixels would be kept"):
-        load_video(frames, limits=VideoLimits(max_selected_pixels=6144 * 2))
+        load_video(frames, limits=MediaLimits(max_selected_pixels=6144 * 2))
 
 
 @pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf"), True, "4"])
