@@ -57,7 +57,7 @@ class Listing:
     Attributes:
         pts: presentation times in units of the stream, ascending.
         times_ms: the same in milliseconds, after the start of the stream; nan where there is none.
-        keys: (presentation time, decoding time) of the frames that decoding can start at.
+        keys: those of `pts` at which decoding can start.
         plain: whether every packet has a time and is shown.
         announced: frames that the header speaks of, 0 where it has no credible number.
         fps: frame rate of the header, None where it has no credible one.
@@ -66,7 +66,7 @@ class Listing:
 
     pts: npt.NDArray[np.int64]
     times_ms: npt.NDArray[np.float64]
-    keys: list[tuple[int, int]]
+    keys: list[int]
     plain: bool
     announced: int
     fps: float | None
@@ -173,14 +173,14 @@ class Film:
             announced = 0
         self._check_length(announced)
         pts, plain = array("q"), True
-        keys: list[tuple[int, int]] = []
+        keys: list[int] = []
         for packet in _packets(container, stream):
             if packet is None:
                 break
             plain = plain and packet.pts is not None and not packet.is_discard
             pts.append(packet.pts or 0)
-            if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
-                keys.append((packet.pts, packet.dts))
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
             self._check_length(len(pts))
         ordered = np.sort(np.array(pts, dtype=np.int64))
         times_ms = np.array([_ms(one, stream) for one in ordered.tolist()], dtype=np.float64)
@@ -204,7 +204,7 @@ class Film:
         small = len(pts) * context.width * context.height <= _DECODED_WHOLE_PX
         if small or not (known and listing.plain and listing.keys and np.all(np.diff(pts) > 0)):
             return False
-        starts = np.searchsorted(pts, [key for key, _ in listing.keys])
+        starts = np.searchsorted(pts, listing.keys)
         starts = starts[np.searchsorted(starts, plan, side="right") - 1]
         # The way to a frame begins at its keyframe, or at the frame picked before.
         way = np.array(plan) - np.maximum(starts, [0, *plan[:-1]])
@@ -216,8 +216,7 @@ class Film:
         self, container: InputContainer, stream: VideoStream, listing: Listing, plan: Indices
     ) -> list[Image.Image]:
         """Decode the planned frames, each from the keyframe before it or from the last one."""
-        by_decoding_time = container.format.name == _INDEXED[0]
-        starts = np.searchsorted(listing.pts, [key for key, _ in listing.keys])
+        starts = np.searchsorted(listing.pts, listing.keys)
         frames: list[Image.Image] = []
         at, arriving = -1, iter(())
         for index in self._progress(plan):
@@ -225,7 +224,7 @@ class Film:
             if key < 0:
                 raise Differs
             if at < 0 or starts[key] > at:
-                container.seek(listing.keys[key][by_decoding_time], stream=stream)
+                container.seek(listing.keys[key], stream=stream)
                 arriving = _arriving(container, stream, listing.pts)
             for at, frame in arriving:
                 if at == index:

@@ -228,12 +228,13 @@ def _from_all_frames(
         )
     if damaged or n_frames < announced:
         log.warning(
-            "%s: announces %s frames, but %s can be decoded%s: it was cut, is damaged, or its "
-            "header is wrong. Frames are picked from those.",
+            "%s: announces %s frames, %s %s can be decoded, %s of them with visible damage: it was "
+            "cut, is damaged, or its header is wrong. Frames are picked from those.",
             film.where,
             f"{announced:,}",
+            "but" if n_frames < announced else "and",
             f"{n_frames:,}",
-            f", {first.n_damaged:,} of them with damage" if first.n_damaged else "",
+            f"{first.n_damaged:,}",
         )
     seconds, fps = _timeline(first.times_ms, header_fps, film.where)
     indices = sampling.indices_of(seconds, fps)
