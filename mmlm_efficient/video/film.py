@@ -130,10 +130,8 @@ class Film:
         pictures = Disposition.attached_pic | Disposition.timed_thumbnails
         streams = [one for one in container.streams.video if not one.disposition & pictures]
         if not streams:
-            sound = bool(container.streams.audio)
-            raise MediaError(
-                f"{self.where}: {_SOUND_ONLY if sound else 'cannot be opened as a video: it holds no moving pictures.'}"
-            )
+            nothing = "cannot be opened as a video: it holds no moving pictures."
+            raise MediaError(f"{self.where}: {_SOUND_ONLY if container.streams.audio else nothing}")
         stream = max(streams, key=lambda one: bool(one.disposition & Disposition.default))
         if stream.codec_context is None:
             raise MediaError(f"{self.where}: its codec is not known here. {CONVERT}")
