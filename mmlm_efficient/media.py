@@ -364,7 +364,7 @@ def _load_pixels(picture: Image.Image) -> Image.Image:
     """Decode a picture, a truncated one with an error whatever Pillow's switch says."""
     if isinstance(picture, JpegImageFile):
         # Pillow's own puts an end marker behind a truncated file where the switch is on.
-        picture.load_read = picture.fp.read  # type: ignore[method-assign, union-attr]
+        picture.load_read = picture.fp.read  # type: ignore
     # What reads all of a file by itself does not ask the switch.
     alone = getattr(picture, "use_load_libtiff", False) or picture.format == "WEBP"
     if isinstance(picture, ImageFile.ImageFile) and not alone:

@@ -10,13 +10,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 from av.packet import Packet
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -27,6 +28,8 @@ from tqdm import tqdm
 from mmlm_efficient.errors import MediaError
 from mmlm_efficient.media import MediaLimits, check_bytes, check_size, load_image
 from mmlm_efficient.video.sampling import Indices
+
+Matrix: TypeAlias = tuple[int, int, int, int]
 
 _HEADER_BYTES = 4096
 _SHOW_PROGRESS_AFTER_S = 2.0
@@ -123,7 +126,7 @@ class Film:
         with container:
             stream = self._shown(container)
             stream.codec_context.options = {"max_pixels": options["max_pixels"]}
-            stream.codec_context.thread_type = threads  # type: ignore[assignment]
+            stream.codec_context.thread_type = threads
             yield container, stream
 
     def _shown(self, container: InputContainer) -> VideoStream:
@@ -216,7 +219,7 @@ class Film:
         """Decode the planned frames, each from the keyframe before it or from the last one."""
         starts = np.searchsorted(listing.pts, listing.keys)
         frames: list[Image.Image] = []
-        at, arriving = -1, iter(())
+        at, arriving = -1, _arriving(container, stream, listing.pts)
         for index in self._progress(plan):
             key = int(np.searchsorted(starts, index, side="right")) - 1
             if key < 0:
@@ -224,12 +227,11 @@ class Film:
             if at < 0 or starts[key] > at:
                 container.seek(listing.keys[key], stream=stream)
                 arriving = _arriving(container, stream, listing.pts)
-            for at, frame in arriving:
-                if at == index:
-                    frames.append(self._picture(frame, stream, index))
-                    break
-            if at != index:
+            while at < index:
+                at, frame = next(arriving, (len(listing.pts), None))
+            if at != index or frame is None:
                 raise Differs
+            frames.append(self._picture(frame, stream, index))
         return frames
 
     def go_through(
@@ -278,16 +280,21 @@ class Film:
         check_size(frame.width, frame.height, where, self.limits)
         width, height = _shape(stream, frame)
         check_size(width, height, where, self.limits)
-        form = frame.format
+        form, turn = frame.format, _display_matrix(frame)
         clear = form.has_palette or any(part.is_alpha for part in form.components)
+        # Made before FFmpeg's buffer: behind it that would leave a gap in memory, as large again.
+        picture = Image.new("RGB", (height, width) if _is_quarter(turn) else (width, height))
         try:
             made = self.reformatter.reformat(
                 frame, width, height, "rgba" if clear else "rgb24", interpolation="BICUBIC"
             )
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(f"{where} cannot be turned into 8-bit RGB. {CONVERT}") from error
-        pixels = _upright(made.to_ndarray(), frame)
-        return load_image(pixels, self.limits) if clear else Image.fromarray(pixels)
+        pixels = _turned(made.to_ndarray(), turn)
+        if clear:
+            return load_image(pixels, self.limits)
+        picture.frombytes(pixels)
+        return picture
 
     def _progress(self, steps: Sequence[int]) -> tqdm[int]:
         return tqdm(
@@ -346,18 +353,33 @@ def _shape(stream: VideoStream, frame: VideoFrame | None = None) -> tuple[int, i
     return round(source.width * (stream.sample_aspect_ratio or 1)), source.height
 
 
-def _upright(pixels: npt.NDArray[Any], frame: VideoFrame) -> npt.NDArray[Any]:
-    """Turn and mirror by the display matrix of a frame: x' = a x + c y, y' = b x + d y."""
+def _display_matrix(frame: VideoFrame) -> Matrix:
+    """How a frame is turned and mirrored: x' = a x + c y, y' = b x + d y."""
     try:
-        data = [bytes(one) for one in frame.side_data if one.type.name == "DISPLAYMATRIX"]
+        data = [bytes(one) for one in _side_data(frame) if one.type.name == "DISPLAYMATRIX"]
     except ValueError:  # side data that PyAV has no name for hides the matrix, but not its angle
-        return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-    if data:
-        a, b, _, c, d = np.frombuffer(data[0], np.int32)[:5].tolist()
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            pixels, a, d = pixels.swapaxes(0, 1), c, b
-        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    return np.ascontiguousarray(pixels)
+        turns = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
+        return turns[round(frame.rotation / 90) % 4]
+    if not data:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(data[0], np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _is_quarter(turn: Matrix) -> bool:
+    a, b, c, d = turn
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
+def _turned(pixels: npt.NDArray[Any], turn: Matrix) -> npt.NDArray[Any]:
+    a, b, c, d = turn
+    if _is_quarter(turn):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _side_data(frame: VideoFrame) -> Iterator[SideData]:
+    return iter(frame.side_data)  # type: ignore[arg-type] # not the dict that PyAV's stubs call it
 
 
 def _ms(pts: int | None, stream: VideoStream) -> float:

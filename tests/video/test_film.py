@@ -162,9 +162,8 @@ def test_damage_in_the_middle(codec: str, caplog: pytest.LogCaptureFixture) -> N
 def test_damage_on_the_way_to_a_picked_frame(
     seeks: list[bool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = bytearray(
-        film("mp4", "libx264", noisy(80), options={"x264-params": "keyint=20:scenecut=0:bframes=0"})
-    )
+    options = {"x264-params": "keyint=20:scenecut=0:bframes=0"}
+    data = bytearray(film(pictures=noisy(80), options=options))
     middle = len(data) * 6 // 10
     data[middle : middle + 3000] = bytes(np.random.default_rng(1).integers(0, 256, 3000, np.uint8))
     video = load_video(bytes(data), FrameSampling(mode="fps", base_fps=0.34, max_fps=None))
