@@ -60,6 +60,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for count in options.frames
             for name, sampling in samplings(count, n_frames).items()
         ]
+        difference = _difference(path, FrameSampling(frames=min(options.frames)))
         film_bytes = path.stat().st_size
     return {
         "benchmark": "video_reading",
@@ -72,6 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "codec": "h264, B-frames, a keyframe at least every 250 frames",
             "bytes": film_bytes,
         },
+        "largest_mean_difference": round(difference, 3),
         "cases": cases,
     }
 
@@ -161,7 +163,6 @@ def _compared(path: Path, sampling: FrameSampling, name: str, repeats: int) -> d
         "seconds_to_opencv": ratio(seconds["load_video"], seconds["opencv"]),
         "peak_resident_bytes": {"load_video": ours, "opencv": theirs},
         "peak_to_opencv": round(ours / theirs, 4),
-        "largest_mean_difference": round(_difference(path, sampling), 3),
     }
 
 
