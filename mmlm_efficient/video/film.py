@@ -58,8 +58,8 @@ class Listing:
     """What the packets of a stream tell without being decoded.
 
     Attributes:
-        pts: presentation times in units of the stream, ascending.
-        times_ms: the same in milliseconds, after the start of the stream; nan where there is none.
+        pts: presentation times in units of the stream, ascending; 0 where there is none.
+        times_ms: the same in milliseconds, after the start of the stream.
         keys: those of `pts` at which decoding can start.
         plain: whether every packet has a time and is shown.
         announced: frames that the header speaks of, 0 where it has no credible number.
@@ -82,7 +82,6 @@ class Pass:
 
     times_ms: array[float]
     frames: list[Image.Image]
-    n_failed: int = 0
     n_damaged: int = 0
 
 
@@ -184,7 +183,7 @@ class Film:
                 keys.append(packet.pts)
             self._check_length(len(pts))
         ordered = np.sort(np.array(pts, dtype=np.int64))
-        times_ms = np.array([_ms(one, stream) for one in ordered.tolist()], dtype=np.float64)
+        times_ms = (ordered - (stream.start_time or 0)) * _tick_ms(stream)
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate and 0 < rate <= _FASTEST_FPS else None
         return Listing(ordered, times_ms, sorted(keys), plain, announced, fps, _shape(stream))
@@ -253,13 +252,13 @@ class Film:
             self.opened(threads="NONE" if damaged else "AUTO") as (container, stream),
             self._progress(range(n_frames)) as bar,
         ):
+            start = stream.start_time or 0
             for packet in _packets(container, stream):
                 try:
                     arrived = stream.decode(packet)
                 except av.FFmpegError:
                     if not damaged:
                         raise Differs from None
-                    done.n_failed += 1
                     continue
                 for frame in arrived:
                     if frame.is_corrupt and not damaged:
@@ -268,7 +267,8 @@ class Film:
                     if len(done.times_ms) == wanted:
                         done.frames.append(self._picture(frame, stream, wanted))
                         wanted = next(remaining, None)
-                    done.times_ms.append(_ms(frame.pts, stream))
+                    past_start = math.nan if frame.pts is None else frame.pts - start
+                    done.times_ms.append(past_start * _tick_ms(stream))
                     bar.update()
                 if stop_early and wanted is None:
                     break
@@ -382,8 +382,5 @@ def _side_data(frame: VideoFrame) -> Iterator[SideData]:
     return iter(frame.side_data)  # type: ignore[arg-type] # not the dict that PyAV's stubs call it
 
 
-def _ms(pts: int | None, stream: VideoStream) -> float:
-    """Milliseconds after the start of the stream; nan for no time."""
-    if pts is None or stream.time_base is None:
-        return math.nan
-    return float((pts - (stream.start_time or 0)) * stream.time_base * 1000)
+def _tick_ms(stream: VideoStream) -> float:
+    return 1000 * float(stream.time_base or 0)
