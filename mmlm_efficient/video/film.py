@@ -183,7 +183,7 @@ class Film:
                 keys.append(packet.pts)
             self._check_length(len(pts))
         ordered = np.sort(np.array(pts, dtype=np.int64))
-        times_ms = (ordered - (stream.start_time or 0)) * _tick_ms(stream)
+        times_ms = (ordered - (stream.start_time or 0)).astype(np.float64) * _tick_ms(stream)
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate and 0 < rate <= _FASTEST_FPS else None
         return Listing(ordered, times_ms, sorted(keys), plain, announced, fps, _shape(stream))
