@@ -1,7 +1,7 @@
 """Pictures in: every kind of source becomes an upright 8-bit RGB picture, or a clear error.
 
 Sizes are read from the header and checked before a single pixel is decoded, so a small file that
-claims to be a huge picture costs nothing.
+claims to be a huge picture costs nothing. Limits and the checks of paths are those of videos too.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import os
 import re
 import stat
 import struct
-import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from mmlm_efficient.errors import MediaError
 
@@ -28,36 +30,60 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDA
 # Named, so that formats with an outside interpreter behind them (EPS) are never opened.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
+# Formats that are pictures, but not read: what their files begin with.
+_FOREIGN = {
+    "AVIF": rb"....ftyp(?:....){0,16}?avi[fs]",
+    "HEIC": rb"....ftyp(?:....){0,16}?(?:hei[cxms]|hev[cx]|mif1|msf1)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+}
+
 _HEADER_BYTES = 1024
 # A number of a PPM's header, after comments.
 _PPM_NUMBER = rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,9})\s"
+_JPEG_END = b"\xff\xd9"
+_JPEG_MARKER = re.compile(rb"\xff+([^\0\xff\xd0-\xd7])(..)", re.DOTALL)
 
 # What Pillow's decoders raise on broken data.
-# Pillow's switch for truncated files is the whole process's.
-_DECODING = threading.Lock()
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+
+# Pillow's switch for truncated files is the whole process's, and other code (such as lmms-eval)
+# turns it on, maybe in another thread while a picture is decoded. This is Pillow's own loop with
+# a switch of its own, which is off.
+_load_strictly = FunctionType(
+    ImageFile.ImageFile.load.__code__, {**vars(ImageFile), "LOAD_TRUNCATED_IMAGES": False}
+)
 
 
 @dataclass(frozen=True)
-class ImageLimits:
-    """What a picture may cost before it is decoded.
+class MediaLimits:
+    """What a picture or a video may cost, checked before it is decoded.
 
     Attributes:
-        max_pixels: width x height, pixels.
-        max_file_bytes: size of the file or of the bytes given, bytes.
+        max_pixels: width x height of a picture or a frame, pixels.
         max_aspect: longer side divided by the shorter one. Image processors resize by the shorter
             side, so a 1 x 50,000,000 picture would grow without bound.
+        max_image_bytes: size of a picture's file or of the bytes given, bytes.
+        max_video_bytes: the same of a video, bytes.
+        max_frames_decoded: frames of a video file that are gone through, picked or not.
+        max_selected_frames: frames of a video that are picked and kept.
+        max_selected_pixels: pixels of all frames kept together; three bytes of memory each.
     """
 
     max_pixels: int = 64_000_000
-    max_file_bytes: int = 64 * 1024 * 1024
     max_aspect: int = 200
+    max_image_bytes: int = 64 * 1024**2
+    max_video_bytes: int = 4 * 1024**3
+    max_frames_decoded: int = 2_000_000
+    max_selected_frames: int = 4096
+    max_selected_pixels: int = 2_000_000_000
 
 
-DEFAULT_LIMITS = ImageLimits()
+ImageLimits = MediaLimits  # its public name
+DEFAULT_LIMITS = MediaLimits()
 
 
-def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def load_image(source: ImageSource, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """Load one picture as upright 8-bit RGB.
 
     Transparency is laid on white, 16-bit grey is scaled (not clipped), the camera's orientation is
@@ -83,10 +109,12 @@ def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Ima
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
     if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-        return _decode(io.BytesIO(data), f"image of {len(data):,} bytes", len(data), limits)
+        where, n_bytes = f"image of {len(bytes(source)):,} bytes", len(bytes(source))
+        return _decode(io.BytesIO(source), where, n_bytes, limits)
     if isinstance(source, str | os.PathLike):
-        return _from_path(os.fspath(source), limits)
+        file, path, n_bytes = open_file(os.fspath(source), "picture")
+        with file:
+            return _decode(file, path, n_bytes, limits)
     raise MediaError(
         f"image: cannot read a {type(source).__name__}. "
         "Give a path, the bytes of a file, a PIL image or a numpy array."
@@ -94,7 +122,7 @@ def load_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Ima
 
 
 def load_images(
-    source: ImageSource | Sequence[ImageSource] | None, limits: ImageLimits = DEFAULT_LIMITS
+    source: ImageSource | Sequence[ImageSource] | None, limits: MediaLimits = DEFAULT_LIMITS
 ) -> list[Image.Image]:
     """Load no, one or several pictures, in order; an error says which one is at fault.
 
@@ -115,59 +143,95 @@ def load_images(
     return pictures
 
 
-def _from_path(given: str, limits: ImageLimits) -> Image.Image:
+def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
+    """Open a picture or a video file.
+
+    Args:
+        given: its path; `~` is the home folder.
+        kind: "picture" or "video", for messages.
+
+    Returns:
+        The file, its path, its size in bytes.
+
+    Raises:
+        MediaError: an address, a folder, a pipe, no file, or no permission.
+    """
     if not given.strip():
-        raise MediaError("image: the path is empty. Give the path of one picture file.")
+        name = "image" if kind == "picture" else kind
+        raise MediaError(f"{name}: the path is empty. Give the path of one {kind} file.")
     path = os.path.expanduser(given)
-    if re.match(r"(?i)(https?|ftp|data|file):", path):
+    if re.match(r"(?i)([a-z][a-z0-9+.-]*://|(?:data|file|https?|ftp):)", path):
         raise MediaError(
-            f"{path[:80]}: addresses are not fetched. Download the picture and give its path."
+            f"{path[:80]}: addresses are not fetched. Download the {kind} and give its path."
         )
     try:
         status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise MediaError(f"{path}: is a folder. Give the path of one {kind} file.")
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError(f"{path}: is not a regular file. Give the path of one {kind} file.")
+        # Opened by number, so that FFmpeg sees no name: what is in the file counts.
+        return open(os.open(path, os.O_RDONLY), "rb"), path, status.st_size
     except FileNotFoundError:
-        raise MediaError(f"{path}: no such file. {_neighbours(path)}") from None
-    except (OSError, ValueError) as error:  # no permission, name too long, a null byte
-        raise MediaError(f"{path!r}: cannot be read ({error}).") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise MediaError(f"{path}: is a folder. Give the path of one picture file.")
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(f"{path}: is not a regular file. Give the path of one picture file.")
-    try:
-        with open(path, "rb") as file:
-            return _decode(file, path, status.st_size, limits)
+        folder = Path(path).parent
+        exists = "exists; check the spelling" if folder.is_dir() else "does not exist either"
+        raise MediaError(f"{path}: no such file. The folder {folder} {exists}.") from None
     except PermissionError as error:
         raise MediaError(f"{path}: no permission to read it.") from error
-    except OSError as error:  # such as a disk or network folder that fails
-        raise MediaError(f"{path}: cannot be read ({error}).") from error
+    except (OSError, ValueError) as error:  # a name too long, a null byte, a disk that fails
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{path!r}: cannot be read ({error}).") from error
 
 
-def _neighbours(path: str) -> str:
-    folder = Path(path).parent
-    if not folder.is_dir():
-        return f"The folder {folder} does not exist either."
-    return f"Check the spelling; the folder {folder} exists."
-
-
-def _decode(file: BinaryIO, where: str, n_bytes: int, limits: ImageLimits) -> Image.Image:
+def check_bytes(n_bytes: int, limit: int, where: str) -> None:
+    """Refuse an empty file and one of more bytes than the limit."""
     if n_bytes == 0:
         raise MediaError(f"{where}: is empty (0 bytes).")
-    if n_bytes > limits.max_file_bytes:
+    if n_bytes > limit:
         raise MediaError(
-            f"{where}: has {n_bytes:,} bytes; at most {limits.max_file_bytes:,} are allowed."
+            f"{where}: has {n_bytes:,} bytes; at most {limit:,} are allowed. Make it smaller first."
         )
+
+
+def picture_format(file: BinaryIO) -> str | None:
+    """Name of the picture format that a file is of, "huge" if it is too large for Pillow.
+
+    Example:
+        >>> picture_format(io.BytesIO(b"BM, but no more")) is None
+        True
+    """
+    file.seek(0)
+    found = _foreign_format(file.read(_HEADER_BYTES))
+    if found is None:
+        try:
+            with Image.open(file, formats=FORMATS) as picture:
+                found = picture.format
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            found = "huge"
+        except _BROKEN:
+            pass
+    file.seek(0)
+    return found
+
+
+def _foreign_format(header: bytes) -> str | None:
+    found = (name for name, start in _FOREIGN.items() if re.match(start, header, re.DOTALL))
+    return next(found, None)
+
+
+def _decode(file: BinaryIO, where: str, n_bytes: int, limits: MediaLimits) -> Image.Image:
+    check_bytes(n_bytes, limits.max_image_bytes, where)
     try:
-        picture = Image.open(file, formats=FORMATS)
+        data = file.read()
+    except OSError as error:  # such as a disk or network folder that fails
+        raise MediaError(f"{where}: cannot be read ({error}).") from error
+    try:
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            data = _essential(data)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        # Pillow takes a picture without pixels for no picture at all.
-        file.seek(0)
-        width, height = _claimed_size(file.read(_HEADER_BYTES))
-        if width == 0 or height == 0:
-            raise MediaError(_no_pixels(where, width, height)) from error
-        raise MediaError(
-            f"{where}: is not a picture, or its header is damaged. "
-            f"Readable formats: {', '.join(FORMATS)}."
-        ) from error
+        raise MediaError(f"{where}: {_no_picture(data[:_HEADER_BYTES])}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow refuses far larger pictures than ours by itself, before we can ask for the size.
         found = re.search(r"\((\d+) pixels", str(error))
@@ -177,7 +241,83 @@ def _decode(file: BinaryIO, where: str, n_bytes: int, limits: ImageLimits) -> Im
         ) from error
     except _BROKEN as error:
         raise MediaError(f"{where}: its header is damaged ({error}).") from error
+    check_size(*picture.size, where, limits)
+    if isinstance(picture, JpegImageFile) and _lacks_only_its_end(data):
+        picture = Image.open(io.BytesIO(data + _JPEG_END), formats=FORMATS)
     return _to_rgb(picture, where, limits)
+
+
+def _no_picture(header: bytes) -> str:
+    # Pillow takes a picture without pixels for no picture at all.
+    width, height = _claimed_size(header)
+    if width == 0 or height == 0:
+        return f"has no pixels ({width} x {height})."
+    foreign = _foreign_format(header)
+    if foreign is not None:
+        return f"is of the format {foreign}, which is not read here. Convert it to PNG or JPEG."
+    return f"is not a picture, or its header is damaged. Readable formats: {', '.join(FORMATS)}."
+
+
+def _essential(png: bytes) -> bytes:
+    """A PNG with the pieces alone that make its pixels and turn it upright.
+
+    What else is in it (texts, colour profiles) is not used, and Pillow reads it differently where
+    its switch for truncated files is on.
+    """
+    kept, position = [png[:8]], 8
+    while position + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, position)
+        piece = png[position : position + length + 12]
+        position += length + 12
+        if kind in (b"tRNS", b"eXIf") and zlib.crc32(piece[4:-4]).to_bytes(4, "big") != piece[-4:]:
+            raise SyntaxError(f"bad checksum in {kind.decode()}")
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            kept.append(piece)
+    return b"".join(kept)
+
+
+def _lacks_only_its_end(jpeg: bytes) -> bool:
+    """True for a JPEG without end marker whose pixels are all there.
+
+    Decoders fill up what is missing with what follows. So all of it is there if different things
+    may follow without changing a pixel.
+    """
+    if jpeg.endswith(_JPEG_END) or not _has_all_scans(jpeg):
+        return False
+    # Numbered restart markers too: at the one that is due a decoder takes what is behind it.
+    junk = [b"\xd5\x6b\x1a\x93" * 16 + bytes((0xFF, 0xD0 + n % 8)) for n in range(20)]
+    tails = (b"", b"".join(junk), b"".join(junk[4:]))
+    whole = jpeg.rstrip(b"\xff")  # half an end marker
+    try:
+        decoded = {
+            _load_pixels(Image.open(io.BytesIO(whole + tail + _JPEG_END))).tobytes()
+            for tail in tails
+        }
+    except _BROKEN:
+        return False
+    return len(decoded) == 1
+
+
+def _has_all_scans(jpeg: bytes) -> bool:
+    """True where no end marker comes, but every bit of every coefficient is in some scan.
+
+    A progressive JPEG has many scans.
+    """
+    missing, position = {(0, -1)}, 2
+    while marker := _JPEG_MARKER.search(jpeg, position):
+        kind, length = marker[1][0], int.from_bytes(marker[2], "big")
+        if kind == _JPEG_END[1]:
+            return False
+        body = jpeg[marker.end() : marker.end() + length - 2]
+        if kind in (0xC0, 0xC1, 0xC2):
+            missing = {(component, n) for component in body[6::3] for n in range(64)}
+        elif kind == 0xDA and len(body) >= 4:
+            first, last, approximation = body[-3:]
+            if approximation & 15 == 0:
+                components = body[1:-3:2]
+                missing -= {(one, n) for one in components for n in range(first, last + 1)}
+        position = marker.end() + length - 2
+    return not missing
 
 
 def _claimed_size(header: bytes) -> tuple[int, int]:
@@ -204,13 +344,10 @@ def _claimed_size(header: bytes) -> tuple[int, int]:
     return abs(width), abs(height)
 
 
-def _no_pixels(where: str, width: int, height: int) -> str:
-    return f"{where}: has no pixels ({width} x {height})."
-
-
-def _check_size(width: int, height: int, where: str, limits: ImageLimits) -> None:
+def check_size(width: int, height: int, where: str, limits: MediaLimits) -> None:
+    """Refuse a picture or a frame without pixels, with too many, or that is too long and thin."""
     if width < 1 or height < 1:
-        raise MediaError(_no_pixels(where, width, height))
+        raise MediaError(f"{where}: has no pixels ({width} x {height}).")
     if width * height > limits.max_pixels:
         raise MediaError(
             f"{where}: has {width} x {height} = {width * height:,} pixels; "
@@ -223,22 +360,22 @@ def _check_size(width: int, height: int, where: str, limits: ImageLimits) -> Non
         )
 
 
-def _load_pixels(picture: Image.Image) -> None:
-    """Decode a picture, a truncated one with an error even where other code in this process (such
-    as lmms-eval) has told Pillow to fill up what is missing."""
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+def _load_pixels(picture: Image.Image) -> Image.Image:
+    """Decode a picture, a truncated one with an error whatever Pillow's switch says."""
+    if isinstance(picture, JpegImageFile):
+        # Pillow's own puts an end marker behind a truncated file where the switch is on.
+        picture.load_read = picture.fp.read  # type: ignore
+    # What reads all of a file by itself does not ask the switch.
+    alone = getattr(picture, "use_load_libtiff", False) or picture.format == "WEBP"
+    if isinstance(picture, ImageFile.ImageFile) and not alone:
+        _load_strictly(picture)
+    else:
         picture.load()
-        return
-    with _DECODING:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            picture.load()
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
+    return picture
 
 
-def _to_rgb(picture: Image.Image, where: str, limits: ImageLimits) -> Image.Image:
-    _check_size(*picture.size, where, limits)
+def _to_rgb(picture: Image.Image, where: str, limits: MediaLimits) -> Image.Image:
+    check_size(*picture.size, where, limits)
     try:
         _load_pixels(picture)
     except _BROKEN as error:
@@ -260,13 +397,7 @@ def _to_rgb(picture: Image.Image, where: str, limits: ImageLimits) -> Image.Imag
 def _convert(picture: Image.Image, where: str) -> Image.Image:
     mode = picture.mode
     if mode == "I" or mode.startswith("I;16"):
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise MediaError(
-                f"{where}: integer pixels from {values.min()} to {values.max()}; "
-                "8-bit or 16-bit (0 to 65535) are allowed. Convert it first."
-            )
-        return Image.fromarray(_eight_bits(values)).convert("RGB")
+        return _from_integers(np.asarray(picture), picture.info.get("transparency"), mode, where)
     if mode == "F":
         return _from_unit_floats(np.asarray(picture), where)
     if picture.has_transparency_data:
@@ -274,6 +405,26 @@ def _convert(picture: Image.Image, where: str) -> Image.Image:
         page = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(page, layer).convert("RGB")
     return picture.copy() if mode == "RGB" else picture.convert("RGB")
+
+
+def _from_integers(
+    values: npt.NDArray[np.generic], transparent: int | None, mode: str, where: str
+) -> Image.Image:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise MediaError(
+            f"{where}: integer pixels from {low} to {high}; "
+            "8-bit or 16-bit (0 to 65535) are allowed. Convert it first."
+        )
+    if mode == "I" and 0 < high < 256:
+        raise MediaError(
+            f"{where}: 32-bit integer pixels from {low} to {high} may be an 8-bit picture or a "
+            "dark 16-bit one. Convert it first, to mode 'L' or 'I;16'."
+        )
+    pixels = _eight_bits(values)
+    if transparent is not None:
+        pixels[values == transparent] = 255
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def _eight_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
@@ -292,14 +443,14 @@ def _from_unit_floats(values: npt.NDArray[np.generic], where: str) -> Image.Imag
     return _to_picture(np.rint(values.astype(np.float64) * 255.0).astype(np.uint8))
 
 
-def _from_array(array: npt.NDArray[np.generic], limits: ImageLimits) -> Image.Image:
+def _from_array(array: npt.NDArray[np.generic], limits: MediaLimits) -> Image.Image:
     where = f"array {array.dtype}{list(array.shape)}"
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
         raise MediaError(
             f"{where}: the shape must be [height, width], or [height, width, channels] with 1, 3 "
             "or 4 channels. For [channels, height, width] transpose it: array.transpose(1, 2, 0)."
         )
-    _check_size(array.shape[1], array.shape[0], where, limits)
+    check_size(array.shape[1], array.shape[0], where, limits)
     if array.dtype == np.uint8:
         return _to_picture(array.astype(np.uint8))
     if array.dtype == np.bool_:

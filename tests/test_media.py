@@ -6,7 +6,10 @@ import contextlib
 import io
 import os
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from mmlm_efficient.errors import MediaError
-from mmlm_efficient.media import ImageLimits, load_image, load_images
+from mmlm_efficient.media import MediaLimits, load_image, load_images
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -127,6 +130,57 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(form: str) -> None:
     assert np.asarray(loaded)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("byte_order", ["<u2", ">u2"])
+def test_sixteen_bit_grey_of_both_byte_orders(byte_order: str) -> None:
+    mode = {"<u2": "I;16", ">u2": "I;16B"}[byte_order]
+    values = np.array([[0, 32896, 65535]], dtype=byte_order)
+    picture = Image.frombytes(mode, (3, 1), values.tobytes())
+    assert np.asarray(load_image(picture))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_sixteen_bit_grey_with_a_transparent_colour_shows_white_there() -> None:
+    values = np.array([[0, 257, 65535], [514, 257, 0]], dtype=np.uint16)
+    data = encoded(Image.fromarray(values))
+    # Pillow writes no transparency for this mode: put the piece behind the header.
+    piece = b"tRNS" + struct.pack(">H", 257)
+    piece = struct.pack(">I", 2) + piece + struct.pack(">I", zlib.crc32(piece))
+    loaded = load_image(data[:33] + piece + data[33:])
+    assert np.asarray(loaded)[..., 1].tolist() == [[0, 255, 255], [2, 255, 0]]
+
+
+def test_grey_and_one_bit_with_a_transparent_colour() -> None:
+    grey = Image.fromarray(np.array([[7, 128]], dtype=np.uint8))
+    assert np.asarray(load_image(encoded(grey, transparency=7)))[0, :, 0].tolist() == [255, 128]
+    bits = Image.fromarray(np.array([[False, True]]))
+    assert np.asarray(load_image(encoded(bits, transparency=0)))[0, :, 0].tolist() == [255, 255]
+
+
+def test_palette_with_alpha_of_its_own() -> None:
+    picture = Image.new("PA", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putdata([(0, 0), (1, 255)])
+    assert np.asarray(load_image(picture))[0].tolist() == [[255] * 3, [200, 100, 50]]
+
+
+def test_colours_of_sixteen_bits() -> None:
+    rows = b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+    assert np.asarray(load_image(data))[0].tolist() == [[0, 128, 255], [255, 1, 0]]
+
+
+@pytest.mark.parametrize("form", ["PIL", "TIFF"])
+def test_integers_that_may_be_of_8_or_16_bits(form: str) -> None:
+    """They came out nearly black."""
+    picture = Image.fromarray(np.array([[0, 100, 255]], dtype=np.int32))
+    refuse(picture if form == "PIL" else encoded(picture, "TIFF"), "from 0 to 255", "mode 'L'")
+    picture = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
+    assert np.asarray(load_image(picture))[0, :, 0].tolist() == [0, 1, 255]
+
+
 def test_float_tiff_between_0_and_1() -> None:
     picture = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
     assert np.asarray(load_image(encoded(picture, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
@@ -178,7 +232,7 @@ def test_load_images_takes_none_one_or_many() -> None:
 # What is refused
 
 
-def refuse(source: object, *parts: str, limits: ImageLimits = ImageLimits()) -> None:  # noqa: B008
+def refuse(source: object, *parts: str, limits: MediaLimits = MediaLimits()) -> None:  # noqa: B008
     with pytest.raises(MediaError) as caught:
         load_image(source, limits)  # type: ignore[arg-type]
     for part in parts:
@@ -224,6 +278,23 @@ def test_text_is_not_an_image(tmp_path: Path) -> None:
     refuse(tmp_path / "notes.png", "notes.png", "not a picture", "PNG", "JPEG")
 
 
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x1cftypavif\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (b"\xff\x0a\x7f", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    ],
+)
+def test_formats_that_are_pictures_but_not_read(start: bytes, name: str) -> None:
+    refuse(start + bytes(100), f"is of the format {name}", "Convert it to PNG or JPEG")
+
+
 def test_formats_with_an_interpreter_behind_them_are_not_opened() -> None:
     refuse(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture")
 
@@ -243,6 +314,94 @@ def test_truncated_image_where_others_are_lenient(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MediaError, match="truncated or damaged"):
         load_image(data[: len(data) // 2])
     assert ImageFile.LOAD_TRUNCATED_IMAGES, "others keep what they chose"
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_pillow_s_switch_changes_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged anywhere or cut anywhere: the same picture, or the same refusal."""
+    rng = np.random.default_rng(2)
+    clean = encoded(noise(size=(64, 48)), form)
+    sources = [clean[: len(clean) * share // 20] for share in range(1, 20)]
+    for _ in range(60):
+        data = bytearray(clean)
+        data[int(rng.integers(0, len(data)))] ^= int(rng.integers(1, 256))
+        sources.append(bytes(data))
+
+    def outcome(source: bytes) -> bytes | None:
+        with contextlib.suppress(MediaError):
+            return load_image(source).tobytes()
+        return None
+
+    with warnings.catch_warnings(action="ignore"):
+        strict = [outcome(source) for source in sources]
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        assert [outcome(source) for source in sources] == strict
+
+
+def test_a_truncated_picture_while_another_thread_turns_the_switch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    sources = [
+        data[: len(data) * share // 10]
+        for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF")
+        for data in [encoded(noise(size=(160, 120)), form)]
+        for share in range(5, 10)
+    ] * 8
+    stop = threading.Event()
+
+    def turn() -> None:
+        while not stop.is_set():
+            ImageFile.LOAD_TRUNCATED_IMAGES = not ImageFile.LOAD_TRUNCATED_IMAGES
+
+    def refused(source: bytes) -> bool:
+        try:
+            load_image(source)
+        except MediaError:
+            return True
+        return False
+
+    turner = threading.Thread(target=turn)
+    turner.start()
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(refused, sources))
+    finally:
+        stop.set()
+        turner.join()
+
+
+JPEGS = [
+    {},
+    {"progressive": True},
+    {"restart_marker_blocks": 3},
+    {"restart_marker_rows": 1},
+    {"optimize": True, "subsampling": 2},
+]
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=str)
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_jpeg_without_its_end_marker_is_complete(
+    options: dict[str, object], lenient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    data = encoded(noise(size=(64, 48)), "JPEG", **options)
+    expected = load_image(data)
+    assert load_image(data[:-2]) == expected
+    assert load_image(data[:-1]) == expected
+    for cut in range(3, 120):  # what is accepted has lost no pixel
+        with contextlib.suppress(MediaError):
+            assert load_image(data[:-cut]) == expected
+            assert cut < 5
+
+
+def test_a_progressive_jpeg_that_lacks_a_whole_scan() -> None:
+    data = encoded(noise(size=(64, 48)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    table = data.rindex(b"\xff\xc4", 0, last)
+    for cut in (last, table):
+        refuse(data[:cut], "truncated")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -330,9 +489,9 @@ def test_bomb_is_refused_from_its_header() -> None:
 
 
 def test_limits_can_be_set() -> None:
-    refuse(noise(), "1,200 pixels", "at most 1,000", limits=ImageLimits(max_pixels=1000))
+    refuse(noise(), "1,200 pixels", "at most 1,000", limits=MediaLimits(max_pixels=1000))
     data = encoded(noise())
-    refuse(data, f"{len(data):,} bytes", "at most 100", limits=ImageLimits(max_file_bytes=100))
+    refuse(data, f"{len(data):,} bytes", "at most 100", limits=MediaLimits(max_image_bytes=100))
 
 
 def test_thin_picture_that_a_resize_would_blow_up() -> None:

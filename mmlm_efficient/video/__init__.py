@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from mmlm_efficient.video.reader import Video, VideoLimits, VideoSource, load_video
+from mmlm_efficient.video.reader import Video, VideoSource, load_video
 from mmlm_efficient.video.sampling import FrameSampling, fps_sample, uniform_sample
 
 __all__ = [
     "FrameSampling",
     "Video",
-    "VideoLimits",
     "VideoSource",
     "fps_sample",
     "load_video",
