@@ -46,7 +46,7 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # What tests, linters and benchmarks need on top. lmms-eval comes without its dependencies: they
-# would bring another torch; those that local tasks need are in the extra lmms-eval-slim.
+# would bring another torch; those that tasks need are in the extra lmms-eval.
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
 	$(PIP) install -c $(CONSTRAINTS) --no-deps lmms-eval

@@ -7,3 +7,6 @@ never imports lmms-eval. Its public names are listed in `__all__` as they come i
 from __future__ import annotations
 
 __all__: list[str] = []
+
+# Its own requirements name an av that is too old for the video reader.
+INSTALL_LMMS_EVAL = "pip install 'mmlm-efficient[lmms-eval]' && pip install --no-deps lmms-eval"

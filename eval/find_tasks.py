@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval import INSTALL_LMMS_EVAL
 from eval.local_task import LocalTask
 from eval.task import Task
 from eval.task_yaml import did_you_mean, read_yaml
@@ -279,7 +280,7 @@ def _of_lmms_eval(
     if importlib.util.find_spec("lmms_eval") is None:
         raise SettingsError(
             f"{why}.{hint} Known without lmms-eval: {', '.join(known)}. lmms-eval has further "
-            "ones; install it with: pip install 'mmlm-efficient[lmms-eval]'"
+            f"ones; install it with: {INSTALL_LMMS_EVAL}"
         )
     from eval.lmms_task import lmms_tasks
 

@@ -19,11 +19,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval import INSTALL_LMMS_EVAL
 from eval.lmms_digest import data_digest
 from eval.lmms_ids import ids_of
 from eval.lmms_plugin import MODEL_NAME
@@ -32,11 +34,11 @@ from eval.task import Metric, Sample
 from eval.task_scores import parameters_of
 from mmlm_efficient.errors import (
     DataError,
+    MissingExtraError,
     MMLMError,
     SettingsError,
     UnsupportedError,
     nearest,
-    require_extra,
 )
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -326,7 +328,8 @@ def _check_supported(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _task_manager(include_path: Sequence[str | os.PathLike[str]]) -> Any:
-    require_extra("lmms_eval", "lmms-eval")
+    if find_spec("lmms_eval") is None:
+        raise MissingExtraError(f"lmms-eval is not installed. Install it with: {INSTALL_LMMS_EVAL}")
     folders = tuple(os.fspath(folder) for folder in include_path)
     for folder in folders:
         if not Path(folder).is_dir():

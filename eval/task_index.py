@@ -75,9 +75,9 @@ def look_up(names: Iterable[str], include_path: Sequence[Path] = ()) -> dict[str
 @functools.lru_cache(maxsize=8)
 def _looked_up(names: tuple[str, ...], include_path: tuple[str, ...]) -> dict[str, IndexedTask]:
     if find_spec("lmms_eval") is None:
-        raise IndexTrouble(
-            "lmms-eval is not installed. Install it with: pip install 'mmlm-efficient[lmms-eval]'"
-        )
+        from eval import INSTALL_LMMS_EVAL  # not at the top, which also runs as a script
+
+        raise IndexTrouble(f"lmms-eval is not installed. Install it with: {INSTALL_LMMS_EVAL}")
     # -P: the folder of this script must not hide modules of the same names.
     command = [sys.executable, "-P", str(Path(__file__).resolve())]
     try:
