@@ -12,6 +12,9 @@ ways; `LocalTask.why_not` says what in a YAML is outside the subset. Some things
   lmms-eval calls it a video, and where it has a path keeps that alone (without one, our model
   there knows it by its bytes).
 
+Every cell of a CSV is text, as it stands there; lmms-eval turns columns of numbers into numbers
+and reads "", "NA" or "None" as no value.
+
 Values of JSON are those that lmms-eval sees, which gives each column one type (`task_json`): in a
 column with a fraction all numbers are fractions, also within lists. What it would read as
 something else is refused: texts that are all dates or times, where a key names the column, a
@@ -35,7 +38,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval import task_scores
+from eval import INSTALL_LMMS_EVAL, task_scores
 from eval.messages import generation_of, sample_of_messages
 from eval.task import Metric, Sample
 from eval.task_data import Rows, read_rows, refuse_times, require_column
@@ -83,7 +86,7 @@ class LocalTask:
         if reason is not None:
             raise UnsupportedError(
                 f"{self.path}: {reason}, so that only lmms-eval can read it. Install it with: "
-                "pip install 'mmlm-efficient[lmms-eval]'"
+                f"{INSTALL_LMMS_EVAL}"
             )
         self.name = self._needed("task")
         self._metadata = _metadata(values, self.path)
@@ -251,8 +254,8 @@ class LocalTask:
             whole = isinstance(value, str | int) and not isinstance(value, bool)
             if not whole or not str(value).strip():
                 raise DataError(
-                    f"{rows.place(position)}: id {value!r} in column '{column}' must be a text or "
-                    "a whole number."
+                    f"{rows.place(position)}: id {value!r:.40} in column '{column}' must be a text "
+                    "or a whole number."
                 )
             if str(value) in seen:
                 raise DataError(
@@ -268,7 +271,7 @@ class LocalTask:
             return None
         require_column(self._rows, column, f"metadata.{key}", full=False)
         values = self._rows.column(column)
-        return [None if value is None else str(value) for value in values]
+        return [None if value in (None, "") else str(value) for value in values]
 
     def _checked_texts(self) -> tuple[list[str] | None, list[Any] | None]:
         """Texts and targets of all rows, as far as no function makes them."""
@@ -374,6 +377,10 @@ def _texts_in(target: Any, where: str, many: bool) -> list[str]:
         raise DataError(
             f"{where}: {target!r:.80} is no text, and exact_match compares texts. Write the "
             'target as a template, such as "{{answer}}", or as texts in the data.'
+        )
+    if not all(one.strip() for one in targets):
+        raise DataError(
+            f"{where}: is empty, and no answer would be right. Fill it in or remove the row."
         )
     return targets
 

@@ -7,7 +7,6 @@ import csv
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,11 +24,13 @@ class Rows(Protocol):
         path: the file.
         columns: names, in order.
         times: columns of texts that lmms-eval turns into times, with the position of one.
+        numbers: columns with a number that is no longer as it is written, see `task_json.Typed`.
     """
 
     path: Path
     columns: tuple[str, ...]
     times: Mapping[str, int]
+    numbers: Mapping[str, task_json.Rewritten]
 
     def __len__(self) -> int: ...
 
@@ -136,6 +137,28 @@ def refuse_times(rows: Rows, names: Sequence[str], used_by: str) -> None:
             )
 
 
+def refuse_numbers(rows: Rows, names: Sequence[str], used_by: str) -> None:
+    """Refuse columns with a number whose text is no longer the file's.
+
+    Args:
+        rows: of the data file.
+        names: columns that become text.
+        used_by: the key of the task's YAML that uses them.
+
+    Raises:
+        DataError: naming the first one.
+    """
+    for name in names:
+        if name in rows.numbers:
+            at, written, read = rows.numbers[name]
+            raise DataError(
+                f"{rows.place(at)}: column '{name}', which {used_by} turns into text, holds the "
+                f"number {written:.40}, which would become {read:.40}: numbers of a column are "
+                "read alike, as lmms-eval does. Write the numbers of this column as texts, in "
+                "quotes."
+            )
+
+
 class ListRows:
     """Rows of a text file."""
 
@@ -144,7 +167,8 @@ class ListRows:
         path: Path,
         rows: Sequence[dict[str, Any]],
         lines: Sequence[int] | None,
-        times: Mapping[str, int] | None = None,
+        found: task_json.Typed | None = None,
+        nothing: str | None = None,
     ) -> None:
         """Take rows that may lack some keys.
 
@@ -152,10 +176,13 @@ class ListRows:
             path: of the file.
             rows: name of column to value.
             lines: line of each row, from 1; None where a row has no line of its own.
-            times: see `Rows`.
+            found: what is known of the columns of a JSON file.
+            nothing: the value that stands for none.
         """
         self.path = path
-        self.times = times or {}
+        self.times: Mapping[str, int] = found.times if found else {}
+        self.numbers: Mapping[str, task_json.Rewritten] = found.numbers if found else {}
+        self._nothing = nothing
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row))
         self._rows = rows
         self._lines = lines
@@ -178,7 +205,8 @@ class ListRows:
         return [copy.deepcopy(row.get(name)) for row in self._rows]
 
     def first_empty(self, name: str) -> int | None:
-        return next((at for at, row in enumerate(self._rows) if row.get(name) is None), None)
+        cells = (row.get(name) for row in self._rows)
+        return next((at for at, cell in enumerate(cells) if cell == self._nothing), None)
 
     def place(self, position: int) -> str:
         if self._lines is None:
@@ -221,7 +249,7 @@ def _json_rows(path: Path) -> ListRows:
         starts=_starts(path, every, numbers),
         gaps=len(lines) < len(every) - (every[-1] == ""),
     )
-    return ListRows(path, found.rows, numbers, found.times)
+    return ListRows(path, found.rows, numbers, found)
 
 
 def _starts(path: Path, every: Sequence[str], numbers: Sequence[int]) -> list[int]:
@@ -272,18 +300,17 @@ def _json_array(path: Path, text: str) -> ListRows:
         if not isinstance(row, dict):
             raise DataError(f"{path}, entry {number}: is not a JSON object but {row!r:.40}.")
     found = task_json.typed(rows, lambda at: f"{path}, entry {at + 1}", array=True)
-    return ListRows(path, found.rows, None, found.times)
+    return ListRows(path, found.rows, None, found)
 
 
-# What pandas, and with it lmms-eval, takes for no value in a CSV.
-_NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"}
-_NOTHING |= {"1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-_BOOLS = {"True": True, "TRUE": True, "true": True, "False": False, "FALSE": False, "false": False}
-_WHOLE = re.compile(r"\s*[+-]?\d{1,18}\s*")
-_REAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+# More than any cell has, less than a C long on any system.
+_MOST_CELL_CHARS = 2**31 - 1
 
 
 def _csv_rows(path: Path) -> ListRows:
+    """Every cell is text, as it stands there."""
+    # Cells may hold whole pictures.
+    csv.field_size_limit(_MOST_CELL_CHARS)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     found: list[list[str]] = []
     lines: list[int] = []
@@ -308,28 +335,8 @@ def _csv_rows(path: Path) -> ListRows:
         ) from error
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a column name occurs twice in the header: {', '.join(names)}.")
-    columns = [_typed([cells[at] for cells in found]) for at in range(len(names))]
-    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return ListRows(path, rows, lines)
-
-
-def _typed(cells: list[str]) -> list[Any]:
-    """The cells of one column as lmms-eval sees them: numbers or truth values if all are.
-
-    Example:
-        >>> _typed(["7", "NA", "8"]), _typed(["1", "x"]), _typed(["007"])
-        ([7.0, None, 8.0], ['1', 'x'], [7])
-    """
-    known = [cell for cell in cells if cell not in _NOTHING]
-    convert: Any = str
-    if known and all(_WHOLE.fullmatch(cell) for cell in known):
-        # pandas has no whole numbers beside missing ones.
-        convert = int if len(known) == len(cells) else float
-    elif known and all(_REAL.fullmatch(cell) for cell in known):
-        convert = float
-    elif known and all(cell in _BOOLS for cell in known):
-        convert = _BOOLS.__getitem__
-    return [None if cell in _NOTHING else convert(cell) for cell in cells]
+    rows = [dict(zip(names, cells, strict=True)) for cells in found]
+    return ListRows(path, rows, lines, nothing="")
 
 
 _TEXT_READERS = {"json": _json_rows, "csv": _csv_rows}
@@ -356,8 +363,9 @@ class ParquetRows:
             ) from error
         self.path = path
         self.columns = tuple(self._table.column_names)
-        # Times are stored as such.
+        # Times are stored as such, and numbers have no text of their own.
         self.times: Mapping[str, int] = {}
+        self.numbers: Mapping[str, task_json.Rewritten] = {}
         self._pictures = _picture_columns(self._table.schema.metadata or {})
         self._bare = self._table.drop_columns(self._pictures)
 

@@ -44,6 +44,8 @@ _DECIMALS, _DIGITS = 10, 15
 # ("object", ((field, kind), ...)).
 Kind: TypeAlias = "str | tuple[str, Any]"
 _At: TypeAlias = "tuple[int, Any]"
+# Position of a row, a number as the file writes it, and its text as it is read.
+Rewritten: TypeAlias = "tuple[int, str, str]"
 
 
 class Typed(NamedTuple):
@@ -52,10 +54,25 @@ class Typed(NamedTuple):
     Attributes:
         rows: name of column to value.
         times: columns that lmms-eval turns into times, with the position of a row that shows it.
+        numbers: columns with a number whose text is another one now, such as 1.50 or 1 beside
+            2.5, with the first one.
     """
 
     rows: list[dict[str, Any]]
     times: Mapping[str, int]
+    numbers: Mapping[str, Rewritten]
+
+
+class _Written(float):
+    """A fraction that knows how the file writes it."""
+
+    text: str
+
+
+def _written(text: str) -> _Written:
+    number = _Written(text)
+    number.text = text
+    return number
 
 
 def parsed(text: str) -> Any:
@@ -71,7 +88,7 @@ def parsed(text: str) -> Any:
         ValueError: NaN is no JSON; write null, or a number
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_int=_whole)
+        return json.loads(text, parse_constant=_no_constant, parse_int=_whole, parse_float=_written)
     except RecursionError as error:
         raise ValueError("lists or objects are nested too deeply") from error
 
@@ -114,6 +131,7 @@ def typed(
     """
     found: list[dict[str, Any]] = [dict(row) for row in rows]
     times: dict[str, int] = {}
+    rewritten: dict[str, Rewritten] = {}
     chunks = list(_chunks(starts)) if len(starts) else [range(len(rows))]
     for name in dict.fromkeys(key for row in rows for key in row):
         column = _Column(name, place, array)
@@ -128,10 +146,12 @@ def typed(
             )
         if column.time is not None:
             times[name] = column.time
+        if column.rewritten is not None:
+            rewritten[name] = column.rewritten
         for row, value in zip(found, values, strict=True):
             if name in row:
                 row[name] = value
-    return Typed(found, times)
+    return Typed(found, times, rewritten)
 
 
 def _chunks(starts: Sequence[int]) -> Iterator[range]:
@@ -153,12 +173,14 @@ class _Column:
         place: file and line of a row.
         array: the file is one array.
         time: position of a text in a list of texts that are times; None if there is no such list.
+        rewritten: the first number whose text changes; None if there is none.
     """
 
     name: str
     place: Callable[[int], str]
     array: bool
     time: int | None = None
+    rewritten: Rewritten | None = None
 
     def read(self, values: Sequence[_At], level: int = 0) -> tuple[Kind, list[Any]]:
         """Kind and values of what stands at the same place in all rows.
@@ -191,7 +213,7 @@ class _Column:
             return "bool", plain
         for at, value in known:
             self._check_json(at, value)
-        return "json", plain
+        return "json", [self._bare(at, value) for at, value in values]
 
     def _numbers(self, values: Sequence[_At]) -> tuple[Kind, list[Any]]:
         numbers = [value for _, value in values]
@@ -202,7 +224,25 @@ class _Column:
                 self._check_fraction(at, value)
         # The writer of arrays has no sign for 0.
         plus = 0.0 if self.array else -0.0
-        return "fraction", [None if value is None else float(value) + plus for value in numbers]
+        return "fraction", [
+            None if value is None else self._fraction(at, value, plus) for at, value in values
+        ]
+
+    def _fraction(self, at: int, value: float, plus: float = -0.0) -> float:
+        """The plain number, noted where its text is another one."""
+        read = float(value) + plus
+        written = getattr(value, "text", str(value))
+        if self.rewritten is None and str(read) != written:
+            self.rewritten = at, written, str(read)
+        return read
+
+    def _bare(self, at: int, value: Any) -> Any:
+        """A value of a column of several kinds, with plain numbers."""
+        if isinstance(value, dict):
+            return {key: self._bare(at, one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self._bare(at, one) for one in value]
+        return self._fraction(at, value) if isinstance(value, float) else value
 
     def _lists(self, values: Sequence[_At], level: int) -> tuple[Kind, list[Any]]:
         flat = [(at, one) for at, value in values if value is not None for one in value]

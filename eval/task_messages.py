@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from eval.task import Sample
 from mmlm_efficient.errors import DataError, MediaError
-from mmlm_efficient.media import load_image
+from mmlm_efficient.media import LONG_PATH, load_image
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 _SOUNDS = (".wav", ".mp3", ".m4a", ".aac", ".flac", ".ogg", ".opus")
@@ -105,6 +106,8 @@ def media_sizes(texts: Iterable[str], folder: Path) -> list[tuple[str, int]]:
 
 
 def _located(source: Any, folder: Path) -> Any:
-    if isinstance(source, str | os.PathLike) and "://" not in str(source):
-        return os.path.join(folder, os.path.expanduser(source))
+    if isinstance(source, str | os.PathLike) and not re.match(r"data:|.*://", str(source)):
+        located = os.path.join(folder, os.path.expanduser(source))
+        # So long and no file: most likely a picture in base64, which the message is to show.
+        return source if len(located) > LONG_PATH and not os.path.lexists(located) else located
     return source

@@ -6,13 +6,15 @@ Rendered as lmms-eval does it (`utils.apply_template`, `ConfigurableTask.doc_to_
 from __future__ import annotations
 
 import ast
+import datetime
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 import jinja2.meta
 
-from eval.task_data import Rows, refuse_times, require_column
+from eval.task_data import Rows, refuse_numbers, refuse_times, require_column
 from eval.task_yaml import did_you_mean
 from mmlm_efficient.errors import DataError
 
@@ -22,8 +24,36 @@ def _regex_replace(text: str, pattern: str, repl: str, count: int = 0) -> str:
     return re.sub(pattern, repl, text, count=count)
 
 
+# Values of data whose text would be Python's, not the file's.
+_NO_TEXTS = (bool, bytes, datetime.date, datetime.time, datetime.timedelta)
+
+
+@jinja2.pass_context
+def _printed(context: Any, value: Any) -> Any:
+    """What a template prints; values of the data that are no text are refused."""
+    for leaf in _leaves(value):
+        if leaf is None or isinstance(leaf, _NO_TEXTS):
+            for name, given in context.get_all().items():
+                if any(one is leaf for one in _leaves(given)):
+                    what = "no value" if leaf is None else f"{leaf!r:.40}, which is no text"
+                    raise DataError(
+                        f"column '{name}' holds {what}. Write texts in the data, remove the row, "
+                        f'or say in the template what it becomes, such as {{{{ "yes" if {name} '
+                        f'else "no" }}}}.'
+                    )
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
 # Undefined names are errors.
-_JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined)
+_JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=_printed)
 _JINJA.filters["regex_replace"] = _regex_replace
 
 
@@ -36,7 +66,7 @@ def texts_of(rows: Rows, given: str, key: str) -> list[str]:
         key: of the task's YAML, for messages.
 
     Raises:
-        DataError: no such column, a value that is no text, a template that fails.
+        DataError: no such column, a value that is no text or empty, a template that fails.
     """
     values = _values(rows, given, key)
     for position, value in enumerate(values):
@@ -44,6 +74,10 @@ def texts_of(rows: Rows, given: str, key: str) -> list[str]:
             raise DataError(
                 f"{rows.place(position)}: column '{given}' holds {value!r:.40}, which is no text, "
                 f'but {key} needs one. Write it as "{{{{{given}}}}}" to turn it into text.'
+            )
+        if not value.strip():
+            raise DataError(
+                f"{rows.place(position)}: {key} gives an empty text. Fill it in or remove the row."
             )
     return values
 
@@ -69,6 +103,7 @@ def _values(rows: Rows, given: str, key: str) -> list[Any]:
         raise DataError(f"{key}: {given!r:.80} is not a template: {error}") from error
     used = [name for name in rows.columns if name in names]
     refuse_times(rows, used, key)
+    refuse_numbers(rows, used, key)
     columns = [rows.column(name) for name in used]
     texts = []
     for position in range(len(rows)):
@@ -82,6 +117,8 @@ def _rendered(
 ) -> str:
     try:
         return template.render(**row)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     except jinja2.UndefinedError as error:
         missing = sorted(names - {*rows.columns, *_JINJA.globals})
         hint = did_you_mean(missing[0], rows.columns) if missing else ""
@@ -89,7 +126,9 @@ def _rendered(
             f"{where}: {error}. The columns: {', '.join(rows.columns)}.{hint}"
         ) from error
     except Exception as error:  # whatever the template does with a value
-        raise DataError(f"{where}: the template fails: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{where}: the template fails: {type(error).__name__}: {error!s:.99}"
+        ) from error
 
 
 def _maybe_list(text: str) -> Any:

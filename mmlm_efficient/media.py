@@ -143,6 +143,10 @@ def load_images(
     return pictures
 
 
+# Paths are shorter; texts in the place of one are often a picture in base64.
+LONG_PATH = 255
+
+
 def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
     """Open a picture or a video file.
 
@@ -160,7 +164,13 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
         name = "image" if kind == "picture" else kind
         raise MediaError(f"{name}: the path is empty. Give the path of one {kind} file.")
     path = os.path.expanduser(given)
-    if re.match(r"(?i)([a-z][a-z0-9+.-]*://|(?:data|file|https?|ftp):)", path):
+    encoded = (
+        f"{given[:40]!r}... ({len(given):,} characters): is no path of a {kind}. One in base64 has "
+        "to be decoded first: give its bytes, base64.b64decode(text)."
+    )
+    if given.startswith("data:"):
+        raise MediaError(encoded)
+    if re.match(r"(?i)([a-z][a-z0-9+.-]*://|(?:file|https?|ftp):)", path):
         raise MediaError(
             f"{path[:80]}: addresses are not fetched. Download the {kind} and give its path."
         )
@@ -173,6 +183,8 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
         # Opened by number, so that FFmpeg sees no name: what is in the file counts.
         return open(os.open(path, os.O_RDONLY), "rb"), path, status.st_size
     except FileNotFoundError:
+        if len(given) > LONG_PATH:
+            raise MediaError(encoded) from None
         folder = Path(path).parent
         exists = "exists; check the spelling" if folder.is_dir() else "does not exist either"
         raise MediaError(f"{path}: no such file. The folder {folder} {exists}.") from None
@@ -181,6 +193,8 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
     except (OSError, ValueError) as error:  # a name too long, a null byte, a disk that fails
         if isinstance(error, MediaError):
             raise
+        if len(given) > LONG_PATH:
+            raise MediaError(encoded) from error
         raise MediaError(f"{path!r}: cannot be read ({error}).") from error
 
 

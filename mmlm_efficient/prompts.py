@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
+import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -279,13 +281,42 @@ def write_prompt(
     return _rendered(processor, content, video)
 
 
+def _rendered_by_tokenizer(processor: Any, content: list[dict[str, str]]) -> str:
+    """A message of the user in the tokenizer's chat template, where the processor has none.
+
+    It may be one of a text model, which knows no pictures: it gets their tokens as words.
+    """
+    tokenizer, token = processor.tokenizer, processor.image_token
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise PromptError(
+            "neither the model's processor nor its tokenizer has a chat template. Set "
+            "processor.chat_template, or write the prompt yourself and use generate()."
+        )
+    words = [part.get("text", token) for part in content]
+    for form in (content, "\n".join(words)):
+        conversation = [{"role": "user", "content": form}]
+        with contextlib.suppress(TypeError, ValueError, jinja2.TemplateError):
+            prompt: str = tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+            # Not the list itself, printed.
+            if prompt.count(token) == words.count(token) and "'type': " not in prompt:
+                return prompt
+    raise PromptError(
+        "the model's processor has no chat template, and the tokenizer's shows no images. Set "
+        "processor.chat_template, or write the prompt yourself and use generate()."
+    )
+
+
 def _rendered(processor: Any, content: list[dict[str, str]], video: bool) -> str:
     """A message of the user in the chat template."""
     if getattr(processor, "chat_template", None) is None:
-        raise PromptError(
-            "the model's processor has no chat template. Set processor.chat_template, or write "
-            "the prompt yourself and use generate()."
-        )
+        if video:
+            raise PromptError(
+                "the model's processor has no chat template; the tokenizer's, if it has one, knows "
+                "no videos. Set processor.chat_template, or use generate()."
+            )
+        return _rendered_by_tokenizer(processor, content)
 
     def render(parts: list[dict[str, str]]) -> str:
         conversation = [{"role": "user", "content": parts}]

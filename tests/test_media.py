@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -524,3 +525,18 @@ def test_32_bit_integers_out_of_range() -> None:
 def test_error_says_which_of_several_images() -> None:
     with pytest.raises(MediaError, match=r"image 2 of 3: .*0 bytes"):
         load_images([noise(), b"", noise()])
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("side", [10, 40, 200])
+@pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
+def test_pictures_in_base64_are_named_and_not_printed(form: str, side: int, start: str) -> None:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, form)
+    text = start + base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(MediaError, match="is no path of a picture. One in base64 has to") as caught:
+        load_image(text)
+    assert len(str(caught.value)) < 200
+    assert text[:40] in str(caught.value)
+    assert load_image(base64.b64decode(text[len(start) :])).size == (side, side)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from mmlm_efficient import EfficientLMM, FlowCut, RandomPruning, UniformPruning
 from mmlm_efficient.errors import MediaError, PromptError, SettingsError, UnsupportedError
-from mmlm_efficient.prompts import preprocess
+from mmlm_efficient.prompts import preprocess, write_prompt
 from mmlm_efficient.pruning.no_pruning import NoPruning
 from tests.tiny import IMAGE_TOKEN, tiny_llava
 from tests.tiny_processor import picture, tiny_processor
@@ -99,7 +99,7 @@ def test_processor_without_a_chat_template(lmm: EfficientLMM) -> None:
     processor.chat_template = None
     with (
         EfficientLMM(tiny_llava(), processor) as bare,
-        pytest.raises(PromptError, match="no chat template"),
+        pytest.raises(PromptError, match="neither the model.s processor nor its"),
     ):
         bare.ask(QUESTION)
 
@@ -223,3 +223,44 @@ def test_image_fit_is_the_processors(lmm: EfficientLMM) -> None:
     processor.image_processor.do_center_crop = False
     with EfficientLMM(tiny_llava(), processor) as stretching:
         assert stretching.image_fit == "stretch"
+
+
+# A chat template on the tokenizer alone
+
+WITH_PARTS = (
+    "{% for m in messages %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}"
+    "{% endfor %}{% endfor %}ASSISTANT"
+)
+TEXT_ONLY = "{% for m in messages %}USER {{ m.content.strip() }} {% endfor %}ASSISTANT"
+PRINTING = "{% for m in messages %}USER {{ m.content }} {% endfor %}ASSISTANT"
+WITHOUT_IMAGES = "{% for m in messages %}USER {{ m.content.replace('<image>', '') }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (WITH_PARTS, "<image> where cat ? ASSISTANT"),
+        (TEXT_ONLY, "USER <image>\nwhere cat ? ASSISTANT"),
+        (PRINTING, "USER <image>\nwhere cat ? ASSISTANT"),
+    ],
+)
+def test_the_tokenizers_template_where_the_processor_has_none(template: str, prompt: str) -> None:
+    processor = tiny_processor()
+    processor.chat_template, processor.tokenizer.chat_template = None, template
+    assert write_prompt(processor, "where cat ?", 1) == prompt
+    assert write_prompt(processor, "where cat ?", 0) == prompt.replace("<image>", "").replace(
+        " where" if template is WITH_PARTS else "\nwhere", "where"
+    )
+    with EfficientLMM(tiny_llava(), processor) as lmm:
+        answer = lmm.ask("where cat ?", picture(0), "flowcut:9", max_new_tokens=2)
+    assert answer.usage.visual_tokens_kept["tower"] == 9
+
+
+def test_a_tokenizers_template_that_shows_no_images() -> None:
+    processor = tiny_processor()
+    processor.chat_template, processor.tokenizer.chat_template = None, WITHOUT_IMAGES
+    with pytest.raises(PromptError, match="the tokenizer's shows no images. Set processor.chat"):
+        write_prompt(processor, "where cat ?", 1)
+    with pytest.raises(PromptError, match="knows no videos. Set processor.chat_template"):
+        write_prompt(processor, "where cat ?", 0, video=True)

@@ -90,6 +90,28 @@ def stage_count(n: int, ratio: float) -> int:
     return min(n, max(1, n - round(n * (1 - ratio))))
 
 
+def shared_out(total: float, weights: Sequence[float], limits: Sequence[int]) -> list[float]:
+    """A number of tokens given to images in proportion to weights, to none more than its limit.
+
+    Args:
+        total: to give away, at most the sum of the limits.
+        weights: one per image, above 0; limits: as many, tokens.
+
+    Example:
+        >>> shared_out(60, [10, 10, 20], [8, 90, 90])
+        [8.0, 17.333333333333336, 34.66666666666667]
+    """
+    given = [0.0] * len(limits)
+    room = list(range(len(limits)))
+    while room:
+        unit = (total - sum(given)) / sum(weights[image] for image in room)
+        full = [image for image in room if unit * weights[image] >= limits[image]]
+        for image in full or room:
+            given[image] = float(limits[image]) if full else unit * weights[image]
+        room = [image for image in room if image not in full] if full else []
+    return given
+
+
 def stage_zero(
     importance: Tensor,
     keep_ratio: float,

@@ -59,27 +59,54 @@ CSV = (
 )
 
 
-def test_csv_is_typed_as_by_datasets(folder: Path) -> None:
-    import datasets
+CSV_CHANGES: dict[str, Any] = {
+    "dataset_path": "csv",
+    "dataset_kwargs": {"data_files": {"test": "data.csv"}},
+    "doc_to_visual": None,
+}
 
+
+def test_every_cell_of_a_csv_is_text(folder: Path) -> None:
     (folder / "data.csv").write_text(CSV, encoding="utf-8")
-    changes: dict[str, Any] = {
-        "dataset_path": "csv",
-        "dataset_kwargs": {"data_files": {"test": "data.csv"}},
-        "doc_to_visual": None,
+    changes = {
+        **CSV_CHANGES,
         "doc_to_text": "{{text}}{{code}}{{share}}{{known}}{{word}}",
         "metadata": {"id_column": "n"},
     }
-    path = definition(folder, doc_to_target="{{n}}", **changes)
-    task = LocalTask(path)
-    assert task.sample("1").question == "a, b71.5TrueNone"
-    ours = [task._rows.row(position) for position in range(3)]
-    theirs = datasets.load_dataset(
-        "csv", data_files={"test": str(folder / "data.csv")}, cache_dir=str(folder / "cache")
-    )
-    assert ours == list(theirs["test"])
+    task = LocalTask(definition(folder, doc_to_target="{{n}}", **changes))
+    assert [task.sample(one).question for one in task.ids] == [
+        "a, b0071.50true",
+        "c\nd82Falsex",
+        "e93e2TRUENA",
+    ]
+    assert [task.sample(one).target for one in task.ids] == ["1", "2", "3"]
     with pytest.raises(DataError, match=r"data.csv, line 2: no value in column 'word'"):
         LocalTask(definition(folder, doc_to_target="word", **changes))
+
+
+@pytest.mark.parametrize("target", ["answer", "{{answer}}", "{{answer | trim}}"])
+def test_an_empty_cell_is_no_target(folder: Path, target: str) -> None:
+    """It would be the text None, and the numbers beside it 1.0, if types were guessed."""
+    changes = {**CSV_CHANGES, "doc_to_text": "question", "metadata": {"id_column": "id"}}
+    rows = "id,question,answer\n1,how many dogs?,1\n2,how many cats?,{}\n"
+    (folder / "data.csv").write_text(rows.format("2.50"), encoding="utf-8")
+    task = LocalTask(definition(folder, doc_to_target=target, **changes))
+    assert [task.sample(one).target for one in task.ids] == ["1", "2.50"]
+    (folder / "data.csv").write_text(rows.format(""), encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"data.csv, line 3: .*(is empty|no value).* remove the row"
+    ):
+        LocalTask(definition(folder, doc_to_target=target, **changes))
+
+
+@pytest.mark.parametrize("value", [None, True, ["a", None]])
+def test_what_is_no_text_is_not_printed(folder: Path, value: Any) -> None:
+    jsonl(folder, [ROWS[0], ROWS[1] | {"answer": value}])
+    with pytest.raises(DataError, match=r"line 2: .*column 'answer' holds (no value|True)"):
+        LocalTask(definition(folder, doc_to_target="{{answer}}"))
+    told = '{{ "yes" if answer else "no" }}'
+    task = LocalTask(definition(folder, doc_to_target=told))
+    assert task.sample("b").target == ("yes" if value else "no")
 
 
 @pytest.mark.parametrize(
@@ -285,10 +312,34 @@ def test_texts_that_are_dates_to_lmms_eval(
         LocalTask(definition(folder, text, **changes))
 
 
-def test_numbers_of_a_column_are_of_one_kind(folder: Path) -> None:
-    jsonl(folder, [ROWS[0] | {"answer": 1}, ROWS[1] | {"answer": 2.5}])
+@pytest.mark.parametrize(
+    ("numbers", "place", "change"),
+    [
+        ([1, 2.5], 1, "the number 1, which would become 1.0"),
+        ([2.5, "1.50"], 2, "the number 1.50, which would become 1.5"),
+        ([2.5, "1e3"], 2, "the number 1e3, which would become 1000.0"),
+    ],
+)
+def test_numbers_that_would_become_another_text(
+    folder: Path, numbers: list[Any], place: int, change: str
+) -> None:
+    lines = [
+        json.dumps(row | {"answer": "HERE"}).replace('"HERE"', str(number))
+        for row, number in zip(ROWS, numbers, strict=True)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match=f"line {place}: column 'answer', .*{change}.*in quotes"):
+        LocalTask(definition(folder, doc_to_target="{{answer}}"))
+    LocalTask(definition(folder, doc_to_target="kind"))  # where nobody prints them
+
+
+def test_numbers_that_stay_as_they_are_written(folder: Path) -> None:
+    jsonl(folder, [ROWS[0] | {"answer": 1.5}, ROWS[1] | {"answer": 2.0}])
     task = LocalTask(definition(folder, doc_to_target="{{answer}}"))
-    assert [task.sample(one).target for one in task.ids] == ["1.0", "2.5"]
+    assert [task.sample(one).target for one in task.ids] == ["1.5", "2.0"]
+    jsonl(folder, [ROWS[0] | {"answer": 1}, ROWS[1] | {"answer": 20}])
+    task = LocalTask(definition(folder, doc_to_target="{{answer}}"))
+    assert [task.sample(one).target for one in task.ids] == ["1", "20"]
 
 
 def test_a_missing_data_file(folder: Path) -> None:

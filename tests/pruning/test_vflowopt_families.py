@@ -165,12 +165,47 @@ def test_positions_behind_the_cuts_are_the_prompts(
     torch.testing.assert_close(last[0], first[0, request.layout.origin[0]], atol=0, rtol=0)
 
 
-def test_keep_tokens_needs_images_of_one_size_in_a_prompt(models: dict[str, LMMParts]) -> None:
-    method = VFlowOpt(keep_tokens=20, profile="none")
-    inputs = tiny_families.sample_inputs("qwen2_vl", "several")
-    with pytest.raises(SettingsError, match=r"image 2 has another budget.*keep_tokens is another"):
-        ready(models["qwen2_vl"], inputs, method)
-    ready(models["qwen2_vl"], tiny_families.sample_inputs("qwen2_vl", "uneven"), method)
+MIXED = ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("budget", [{"keep_tokens": 20}, {"keep_tokens": 3}, {"keep_tokens": 70}])
+def test_one_number_for_images_of_different_sizes(
+    models: dict[str, LMMParts], family: str, budget: dict[str, int]
+) -> None:
+    """The images of a prompt together spend what their budgets add up to."""
+    parts = models[family]
+    method = VFlowOpt(profile="none", exact_budget=True, **budget)
+    inputs = tiny_families.sample_inputs(family, "several")
+    prepared = ready(parts, inputs, method)
+    prefilled(parts, prepared)
+    reports = prepared.report().images
+    sizes = [tokens.n_in for tokens in prepared.tokens]
+    assert len(set(sizes)) > 1
+    for sample in {report.sample for report in reports}:
+        own = [report for report in reports if report.sample == sample]
+        wanted = sum(min(budget["keep_tokens"], sizes[report.image]) for report in own)
+        spent = sum(report.mean_decoder_tokens for report in own)
+        assert spent == pytest.approx(wanted, abs=0.75 * len(own))
+        shares = [
+            len(prepared.tokens[one.image]) / min(budget["keep_tokens"], sizes[one.image])
+            for one in own
+            if len(prepared.tokens[one.image]) < sizes[one.image]
+        ]
+        assert not shares or max(shares) - min(shares) <= 1.01 / budget["keep_tokens"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MIXED)
+def test_a_prompt_of_different_sizes_does_not_depend_on_its_batch(
+    models: dict[str, LMMParts], family: str
+) -> None:
+    parts, method = models[family], VFlowOpt(keep_tokens=20, profile="none")
+    together = ready(parts, tiny_families.sample_inputs(family, "several"), method)
+    logits, _ = prefilled(parts, together)
+    for sample in range(len(logits)):
+        alone = ready(parts, tiny_families.sample_inputs(family, "several", sample=sample), method)
+        assert torch.allclose(prefilled(parts, alone)[0][0, -1], logits[sample, -1], atol=1e-4)
 
 
 def test_an_encoded_image_must_hold_what_is_looked_at(models: dict[str, LMMParts]) -> None:

@@ -261,10 +261,14 @@ def test_images_of_one_prompt_are_ranked_together(model: Any, parts: LMMParts) -
     assert all(report.merged == {} for report in reports)
 
 
-def test_images_of_one_prompt_with_different_budgets_are_refused(parts: LMMParts) -> None:
-    method = VFlowOpt(keep_ratio=(0.5, 0.6), profile="none")
-    with pytest.raises(SettingsError, match=r"image 1 has another budget.*same keep_ratio"):
-        ready(parts, method, [tiny.prompt(1, I, 5, I, 6)])
+def test_images_of_one_prompt_with_different_budgets(parts: LMMParts, model: Any) -> None:
+    """Stage 0 goes by each image's own budget, the later stages by that of the prompt."""
+    method = VFlowOpt(keep_ratio=(0.3, 0.6), profile="none", exact_budget=True)
+    prepared = ready(parts, method, [tiny.prompt(1, I, 5, I, 6)])
+    first, second = (len(tokens) for tokens in prepared.tokens)
+    assert second == pytest.approx(2 * first, abs=1)
+    _, reports = outcome(model, prepared)
+    assert sum(one.mean_decoder_tokens for one in reports) == pytest.approx(0.9 * N, abs=1.5)
     ready(parts, method, [tiny.prompt(1, I, 5), tiny.prompt(1, I, 6)])
 
 
