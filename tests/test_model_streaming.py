@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from mmlm_efficient import EfficientLMM, FlowCut
+from mmlm_efficient import EfficientLMM, FastV, FlowCut
 from mmlm_efficient.errors import PromptError, SettingsError
+from mmlm_efficient.prepare import Prepared
 from tests.tiny import tiny_llava
 from tests.tiny_processor import picture, tiny_processor
 
@@ -103,3 +106,16 @@ def test_a_stream_that_outlives_the_module(
     assert list(stream)
     monkeypatch.setattr("mmlm_efficient.streaming.threading", None)
     stream.__del__()
+
+
+@pytest.mark.parametrize("method", ["none", "flowcut:9", FastV(keep_tokens=9, layer=1)])
+def test_a_finished_stream_lets_go_of_what_it_ran_on(lmm: EfficientLMM, method: Any) -> None:
+    """Features, masks and the cache go with the generation, not with the answer."""
+    gc.collect()
+    stream = lmm.stream(QUESTION, picture(), methods=method, max_new_tokens=3)
+    seen = [weakref.ref(one) for one in gc.get_objects() if type(one) is Prepared]
+    assert seen
+    list(stream)
+    assert stream.answer is not None
+    gc.collect()
+    assert not any(one() for one in seen)
