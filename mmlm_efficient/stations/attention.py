@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,7 +30,7 @@ from mmlm_efficient.families.base import DecoderParts
 from mmlm_efficient.stations.active import activate
 from mmlm_efficient.stations.bridge import PromptLayout
 from mmlm_efficient.stations.handed import check_attention, check_decoder
-from mmlm_efficient.stations.hooks import StationHook, remove_all
+from mmlm_efficient.stations.hooks import StationHook, beside_the_graph, remove_all
 from mmlm_efficient.tokens import LayerRedistribution, VisualTokens
 
 # No "/" (a kernel of the hub), no "flash", "flex" or "paged": transformers reads names.
@@ -117,8 +116,8 @@ def _attention(
         if attention_mask is None and 1 < rows < key.shape[2]:
             # An empty static cache: behind the prompt's keys is room that no causal row sees.
             key, value = key[:, :, :rows], value[:, :, :rows]
-        attend = torch.compiler.disable(work.attend)  # type: ignore[no-untyped-call]
-        output = attend(module, query, key, value, attention_mask, scale)
+        args = (module, query, key, value, attention_mask, scale)
+        output = beside_the_graph(work.attend, args)
         if output is not None:
             return output, None
     return sdpa_attention_forward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,21 @@ from mmlm_efficient.families.base import DecoderParts, TowerParts
 from mmlm_efficient.stations.active import active_request, anything_active
 
 Parts = TypeVar("Parts", TowerParts, DecoderParts)
+T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def beside_the_graph(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    """What a function returns; torch.compile breaks its graph there and does not look inside."""
+    # The switch costs microseconds at every call, so only compiled code has it.
+    if torch.compiler.is_dynamo_compiling():
+        return cast("T", _called(function, args))
+    return function(*args)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _called(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    return function(*args)
 
 
 class StationHook:
@@ -40,10 +54,9 @@ class StationHook:
         self._act = act
 
     def __call__(self, *args: Any) -> Any:
-        return self._answer(args) if anything_active() else None
+        return beside_the_graph(self._answer, args) if anything_active() else None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _answer(self, args: tuple[Any, ...]) -> Any:
+    def _answer(self, *args: Any) -> Any:
         work = active_request(self._key)
         return None if work is None or self._act is None else self._act(work, *args)
 
