@@ -8,15 +8,16 @@ ways; `LocalTask.why_not` says what in a YAML is outside the subset. Some things
 - Paths of pictures and videos are relative to the data file, in lmms-eval to the folder that it
   was started in.
 - A column that doc_to_visual names may hold lists of pictures, or bare bytes, which lmms-eval
-  refuses. And {bytes, path} in Parquet is a picture even where the file does not declare it one;
-  lmms-eval calls it a video, and where it has a path keeps that alone (without one, our model
-  there knows it by its bytes).
+  refuses, or pictures in base64, which it takes for paths of videos. And {bytes, path} in Parquet
+  is a picture even where the file does not declare it one; lmms-eval calls it a video, and where it
+  has a path keeps that alone (without one, our model there knows it by its bytes).
 
 Every cell of a CSV is text, as it stands there; lmms-eval turns columns of numbers into numbers
 and reads "", "NA" or "None" as no value.
 
 Values of JSON are those that lmms-eval sees, which gives each column one type (`task_json`): in a
-column with a fraction all numbers are fractions, also within lists. What it would read as
+column with a fraction all numbers are fractions, also within lists. Where a template would turn
+one into another text than the file's (1 into 1.0), it is refused. What it would read as
 something else is refused: texts that are all dates or times, where a key names the column, a
 template uses it, or a function gets the rows; texts such as "7" or fractions beside values of other
 kinds; more than ten decimals in a file that is one array; other types behind the first 10 MiB.
@@ -254,8 +255,8 @@ class LocalTask:
             whole = isinstance(value, str | int) and not isinstance(value, bool)
             if not whole or not str(value).strip():
                 raise DataError(
-                    f"{rows.place(position)}: id {value!r:.40} in column '{column}' must be a text "
-                    "or a whole number."
+                    f"{rows.place(position)}: id {value!r:.40} in column '{column}' must be "
+                    "a text or a whole number."
                 )
             if str(value) in seen:
                 raise DataError(

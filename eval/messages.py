@@ -156,14 +156,15 @@ def _part(item: Any) -> _Part:
                 )
         source = _source(item["url"])
         # What lmms-eval makes of bytes whose column is not declared as pictures.
-        if kind == "video" and isinstance(source, bytes) and _is_picture(source):
+        if kind == "video" and isinstance(source, bytes) and is_picture(source):
             kind = "image"
         return _Part(str(kind), source)
     shown = "sound" if kind == "audio" else f"content {item!r:.80}"
     raise UnsupportedError(f"messages: {shown}. {_SUPPORTED}.")
 
 
-def _is_picture(data: bytes) -> bool:
+def is_picture(data: bytes) -> bool:
+    """Whether bytes begin like a PNG, JPEG, GIF, BMP, TIFF or WebP."""
     return data.startswith(_PICTURES) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
 
 

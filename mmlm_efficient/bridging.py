@@ -12,7 +12,7 @@ from mmlm_efficient.encoding import Tower
 from mmlm_efficient.errors import SettingsError
 from mmlm_efficient.families import Family
 from mmlm_efficient.families.base import Visual
-from mmlm_efficient.pruning.base import PruningMethod, Scene, together
+from mmlm_efficient.pruning.base import PruningMethod, Scene
 from mmlm_efficient.stations.bridge import PromptLayout, check_visible, shortened
 from mmlm_efficient.tokens import CLS_INDEX, VisualTokens
 
@@ -49,7 +49,7 @@ def reduced(
         scene = Scene(
             visual=tower.visuals[image],
             observed=observed,
-            together=together(samples, [one.n_in for one in tower.tokens], image),
+            n_together=list(samples).count(samples[image]),
             budget=max(0, budget - n_cls),
             pixels=tower.pixels[image],
             pack=_packer(family, tower.visuals[image]),

@@ -399,10 +399,9 @@ def _encode(prepared: Prepared, visuals: tuple[Visual, ...], encoded: Encoded | 
     bridge = _owner(prepared, "bridge")
     stock = prepared._n_stock
     patches = [count - int(parts.family.keeps_cls) for count in stock]
-    samples = samples_of(prepared.layout, len(stock))
     for method in prepared.methods:
         if isinstance(method, PruningMethod):
-            method.check_request(parts.identity, patches, samples)
+            method.check_request(parts.identity, patches)
     watching = [
         method
         for method in prepared.methods
@@ -417,6 +416,7 @@ def _encode(prepared: Prepared, visuals: tuple[Visual, ...], encoded: Encoded | 
     prepared._span, prepared._prune_s = tower.span, tower.prune_s
     if bridge is not None:
         start = time.perf_counter()
+        samples = samples_of(prepared.layout, len(tower.tokens))
         tower.tokens = reduced(bridge, parts, tower, samples)
         prepared._prune_s += time.perf_counter() - start
     prepared.tokens = tuple(tower.tokens)

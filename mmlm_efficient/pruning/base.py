@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -115,29 +115,6 @@ class TowerJob:
     score_only: bool = False
 
 
-# Images of one prompt: their positions in the call, and the tokens that each had.
-Together: TypeAlias = tuple[tuple[int, int], ...]
-
-
-def together(samples: Sequence[int], n_tokens: Sequence[int], image: int) -> Together:
-    """The images in the prompt of one of them.
-
-    Args:
-        samples: for each image its prompt; empty if each has its own.
-        n_tokens: of each image, before pruning.
-        image: one of them.
-
-    Example:
-        >>> together([0, 1, 0], [9, 25, 16], 2)
-        ((0, 9), (2, 16))
-    """
-    if not samples:
-        return ((image, n_tokens[image]),)
-    return tuple(
-        (one, n_tokens[one]) for one, sample in enumerate(samples) if sample == samples[image]
-    )
-
-
 @dataclass(frozen=True)
 class Scene:
     """What a bridge method may look at beside the tokens of one image or video.
@@ -146,7 +123,7 @@ class Scene:
         visual: the image or video, as its family lays it out.
         observed: what the tower's last layer said about the tokens of each crop; empty unless
             the method `observes` something.
-        together: all images and videos of the same prompt, each with its tokens before pruning.
+        n_together: images and videos in the same prompt.
         budget: the method's budget for this image, tokens.
         pixels: gives the pixel values [n_crops, 3, H, W] of its tower runs.
         pack: puts numbers [n_crops, L, D] per tower token into the order of the tokens [N, D],
@@ -158,7 +135,7 @@ class Scene:
 
     visual: Visual
     observed: Sequence[Observed]
-    together: Together
+    n_together: int
     budget: int
     pixels: Callable[[], Tensor]
     pack: Callable[[Tensor, float], Tensor]
@@ -309,15 +286,12 @@ class PruningMethod(Method):
         """The rule behind cuts inside the language model; that of `positions` unless overridden."""
         return self.positions(axes)
 
-    def check_request(
-        self, identity: Identity, n_tokens: Sequence[int], samples: Sequence[int] = ()
-    ) -> None:
+    def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
         """Refuse, before the tower runs, settings that do not fit the model or its images.
 
         Args:
             identity: which model it is.
             n_tokens: tokens of every image, CLS not counted.
-            samples: for each, the prompt that it belongs to; empty if each has its own.
 
         Raises:
             SettingsError: they do not fit.

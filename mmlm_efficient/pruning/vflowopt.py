@@ -28,9 +28,7 @@ from mmlm_efficient.pruning.base import (
     PruningMethod,
     Scene,
     Station,
-    Together,
     check_per_image,
-    together,
 )
 from mmlm_efficient.pruning.observed import Sight
 from mmlm_efficient.pruning.vflowopt_plan import (
@@ -43,8 +41,8 @@ from mmlm_efficient.pruning.vflowopt_plan import (
     members_of,
     recycle,
     segments,
-    shared_out,
     stage_zero,
+    together,
     untuned,
 )
 from mmlm_efficient.pruning.vflowopt_profiles import (
@@ -177,14 +175,12 @@ class VFlowOpt(PruningMethod):
         """Behind the cuts inside the language model tokens keep their positions, always."""
         return "original"
 
-    def check_request(
-        self, identity: Identity, n_tokens: Sequence[int], samples: Sequence[int] = ()
-    ) -> None:
+    def check_request(self, identity: Identity, n_tokens: Sequence[int]) -> None:
         """Refuse a profile of another model, stage layers out of range, ratios off the budget."""
         for name, value in (("keep_tokens", self.keep_tokens), ("keep_ratio", self.keep_ratio)):
             check_per_image(name, value, len(n_tokens))
         for image, count in enumerate(n_tokens):
-            self.schedule(identity, image, count, together(samples, n_tokens, image))
+            self.schedule(identity, image, count)
 
     def observed_layer(self, family: Family) -> int:
         """The tower layer whose attention gives the importance.
@@ -208,30 +204,20 @@ class VFlowOpt(PruningMethod):
         return ratio[image] if isinstance(ratio, tuple) else ratio
 
     def schedule(
-        self, identity: Identity, image: int, n_tokens: int, together: Together = ()
+        self, identity: Identity, image: int, n_tokens: int
     ) -> tuple[tuple[int, int], Schedule]:
         """Stage layers and ratios for one image of one model.
-
-        The images of a prompt are ranked together at the later stages, which therefore keep one
-        ratio: that of all their budgets. Stage 0 gives each image its part of it.
 
         Args:
             identity: the model.
             image: position of the image in the call.
             n_tokens: its tokens before pruning.
-            together: all images of its prompt; nothing for an image alone.
 
         Raises:
             SettingsError: the profile is of another model, stage layers are out of range, or
                 given ratios miss the budget.
         """
-        depth, prompt = identity.decoder_layers, together or ((image, n_tokens),)
-        ratios = [self.ratio_of(one, count) for one, count in prompt]
-        sizes = [count for _, count in prompt]
-        budgets = [ratio * size for ratio, size in zip(ratios, sizes, strict=True) if ratio]
-        asked = ratios[0]
-        if len(set(ratios)) > 1:
-            asked = sum(budgets) / sum(sizes)
+        depth, asked = identity.decoder_layers, self.ratio_of(image, n_tokens)
         layers = self.stage_layers or default_stage_layers(depth)
         budget, given = asked, self.stage_keep_ratios
         if budget is None:
@@ -249,13 +235,9 @@ class VFlowOpt(PruningMethod):
                 f"tokens on average over {depth} decoder layers, but keep_ratio is {asked:.4f}: "
                 "give ratios that match, or leave one out"
             )
-        first, second, third = found.stage_keep_ratios
-        if len(set(ratios)) > 1:
-            place = [one for one, _ in prompt].index(image)
-            first = shared_out(first * sum(sizes), budgets, sizes)[place] / n_tokens
         grid = found.merge_grid_size if self.merge_grid_size is None else self.merge_grid_size
         return layers, Schedule(
-            (first, second, third),
+            found.stage_keep_ratios,
             found.anchor_threshold if self.anchor_threshold is None else self.anchor_threshold,
             found.entropy_weight if self.entropy_weight is None else self.entropy_weight,
             None if isinstance(grid, str) else grid,
@@ -287,8 +269,10 @@ class VFlowOpt(PruningMethod):
 
     def reduce(self, tokens: VisualTokens, scene: Scene) -> VisualTokens:
         """Stage 0, and the importance that the later stages rank by."""
-        _, schedule = self.schedule(scene.identity, tokens.image, len(tokens), scene.together)
-        if all(ratio >= 1.0 for ratio in schedule.stage_keep_ratios):
+        _, schedule = self.schedule(scene.identity, tokens.image, len(tokens))
+        whole = all(ratio >= 1.0 for ratio in schedule.stage_keep_ratios)
+        # Beside other images of its prompt a whole one is ranked too.
+        if whole and (scene.n_together == 1 or not scene.observed):
             return tokens
         found = _anchors(scene, schedule)
         scores = self.importance_of(scene, schedule, found).to(tokens.features.device)
@@ -324,7 +308,7 @@ class VFlowOpt(PruningMethod):
         """Side of a recycling cell; None where tokens are only dropped."""
         places, grid = tokens.places, schedule.merge_grid_size
         # Tiles of one picture are merged within cells; several pictures and frames only dropped.
-        if grid is None or places.video or len(scene.together) > 1:
+        if grid is None or places.video or scene.n_together > 1:
             return None
         if not schedule.exact_budget:
             return grid
@@ -386,15 +370,10 @@ class VFlowOpt(PruningMethod):
 
     def layer_cuts(self, job: LayerJob) -> tuple[LayerCut, ...]:
         """Cuts at the input of the two stage layers."""
-        sizes = [tokens.n_in for tokens in job.tokens]
-        found = [
-            self.schedule(job.identity, image, size, together(job.samples, sizes, image))
-            for image, size in enumerate(sizes)
-        ]
+        found = [self.schedule(job.identity, tokens.image, tokens.n_in) for tokens in job.tokens]
         if not found:
             return ()
-        layers = self._agreed(found)
-        ratios = [own.stage_keep_ratios for _, own in found]
+        layers, ratios = self._agreed(job, found)
         fixed = {tokens.image: tokens.scores for tokens in job.tokens if tokens.scores is not None}
         return tuple(
             LayerCut(
@@ -405,8 +384,10 @@ class VFlowOpt(PruningMethod):
             for number, layer in enumerate(layers, start=1)
         )
 
-    def _agreed(self, found: Sequence[tuple[tuple[int, int], Schedule]]) -> tuple[int, int]:
-        """Stage layers of the request."""
+    def _agreed(
+        self, job: LayerJob, found: Sequence[tuple[tuple[int, int], Schedule]]
+    ) -> tuple[tuple[int, int], list[tuple[float, float, float]]]:
+        """Stage layers of the request, and for every image the ratios of its prompt."""
         pruned = [layers for layers, own in found if min(own.stage_keep_ratios) < 1.0]
         layers = pruned[0] if pruned else found[0][0]
         if any(other != layers for other in pruned):
@@ -415,7 +396,17 @@ class VFlowOpt(PruningMethod):
                 f"stage_layers ({', '.join(str(list(one)) for one in sorted(set(pruned)))}): give "
                 "stage_layers, or ask in separate batches"
             )
-        return layers
+        by_sample = {
+            sample: together(
+                [
+                    (tokens.n_in, own.stage_keep_ratios)
+                    for tokens, (_, own), other in zip(job.tokens, found, job.samples, strict=True)
+                    if other == sample
+                ]
+            )
+            for sample in set(job.samples)
+        }
+        return layers, [by_sample[sample] for sample in job.samples]
 
 
 def _maps(scene: Scene) -> list[Tensor]:

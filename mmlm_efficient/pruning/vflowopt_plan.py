@@ -90,28 +90,6 @@ def stage_count(n: int, ratio: float) -> int:
     return min(n, max(1, n - round(n * (1 - ratio))))
 
 
-def shared_out(total: float, weights: Sequence[float], limits: Sequence[int]) -> list[float]:
-    """A number of tokens given to images in proportion to weights, to none more than its limit.
-
-    Args:
-        total: to give away, at most the sum of the limits.
-        weights: one per image, above 0; limits: as many, tokens.
-
-    Example:
-        >>> shared_out(60, [10, 10, 20], [8, 90, 90])
-        [8.0, 17.333333333333336, 34.66666666666667]
-    """
-    given = [0.0] * len(limits)
-    room = list(range(len(limits)))
-    while room:
-        unit = (total - sum(given)) / sum(weights[image] for image in room)
-        full = [image for image in room if unit * weights[image] >= limits[image]]
-        for image in full or room:
-            given[image] = float(limits[image]) if full else unit * weights[image]
-        room = [image for image in room if image not in full] if full else []
-    return given
-
-
 def stage_zero(
     importance: Tensor,
     keep_ratio: float,
@@ -474,6 +452,29 @@ def ratios_from_cumulative(
     c1 = even + u * (max(even, min(c0, (rest - l2 * _LEAST_LAST * even) / l1)) - even)
     c2 = (rest - l1 * c1) / l2
     return c0, min(1.0, c1 / c0), min(1.0, c2 / c1)
+
+
+def together(
+    images: Sequence[tuple[int, tuple[float, float, float]]],
+) -> tuple[float, float, float]:
+    """Stage ratios at which a prompt keeps what its images' own ratios keep of them together.
+
+    Stages 1 and 2 rank the images of a prompt together, so they need one ratio; the mean over
+    the decoder layers is then the images' budgets together.
+
+    Args:
+        images: tokens before pruning and the stage ratios of each image.
+
+    Example:
+        >>> together([(100, (0.5, 1.0, 0.5)), (300, (0.5, 0.5, 1.0))])
+        (0.5, 0.625, 0.8)
+    """
+    first = images[0][1]
+    if all(ratios == first for _, ratios in images):
+        return first
+    left = [[n * math.prod(ratios[:stages]) for stages in range(4)] for n, ratios in images]
+    total, *kept = (sum(stage) for stage in zip(*left, strict=True))
+    return kept[0] / total, kept[1] / kept[0], kept[2] / kept[1]
 
 
 def untuned(budget: float, segments: Segments) -> Schedule:

@@ -51,64 +51,6 @@ def test_a_file_alone_is_the_split_train(folder: Path) -> None:
         LocalTask(definition(folder, **changes))
 
 
-CSV = (
-    "n,code,share,known,word,text\n"
-    '1,007,1.50,true,,"a, b"\n'
-    '2,8,2,False,x,"c\nd"\n'
-    "3,9,3e2,TRUE,NA,e\n"
-)
-
-
-CSV_CHANGES: dict[str, Any] = {
-    "dataset_path": "csv",
-    "dataset_kwargs": {"data_files": {"test": "data.csv"}},
-    "doc_to_visual": None,
-}
-
-
-def test_every_cell_of_a_csv_is_text(folder: Path) -> None:
-    (folder / "data.csv").write_text(CSV, encoding="utf-8")
-    changes = {
-        **CSV_CHANGES,
-        "doc_to_text": "{{text}}{{code}}{{share}}{{known}}{{word}}",
-        "metadata": {"id_column": "n"},
-    }
-    task = LocalTask(definition(folder, doc_to_target="{{n}}", **changes))
-    assert [task.sample(one).question for one in task.ids] == [
-        "a, b0071.50true",
-        "c\nd82Falsex",
-        "e93e2TRUENA",
-    ]
-    assert [task.sample(one).target for one in task.ids] == ["1", "2", "3"]
-    with pytest.raises(DataError, match=r"data.csv, line 2: no value in column 'word'"):
-        LocalTask(definition(folder, doc_to_target="word", **changes))
-
-
-@pytest.mark.parametrize("target", ["answer", "{{answer}}", "{{answer | trim}}"])
-def test_an_empty_cell_is_no_target(folder: Path, target: str) -> None:
-    """It would be the text None, and the numbers beside it 1.0, if types were guessed."""
-    changes = {**CSV_CHANGES, "doc_to_text": "question", "metadata": {"id_column": "id"}}
-    rows = "id,question,answer\n1,how many dogs?,1\n2,how many cats?,{}\n"
-    (folder / "data.csv").write_text(rows.format("2.50"), encoding="utf-8")
-    task = LocalTask(definition(folder, doc_to_target=target, **changes))
-    assert [task.sample(one).target for one in task.ids] == ["1", "2.50"]
-    (folder / "data.csv").write_text(rows.format(""), encoding="utf-8")
-    with pytest.raises(
-        DataError, match=r"data.csv, line 3: .*(is empty|no value).* remove the row"
-    ):
-        LocalTask(definition(folder, doc_to_target=target, **changes))
-
-
-@pytest.mark.parametrize("value", [None, True, ["a", None]])
-def test_what_is_no_text_is_not_printed(folder: Path, value: Any) -> None:
-    jsonl(folder, [ROWS[0], ROWS[1] | {"answer": value}])
-    with pytest.raises(DataError, match=r"line 2: .*column 'answer' holds (no value|True)"):
-        LocalTask(definition(folder, doc_to_target="{{answer}}"))
-    told = '{{ "yes" if answer else "no" }}'
-    task = LocalTask(definition(folder, doc_to_target=told))
-    assert task.sample("b").target == ("yes" if value else "no")
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -310,36 +252,6 @@ def test_texts_that_are_dates_to_lmms_eval(
     text = text if changes.get("doc_to_text", "") is None else ""
     with pytest.raises(DataError, match=f"line 1: column {words}"):
         LocalTask(definition(folder, text, **changes))
-
-
-@pytest.mark.parametrize(
-    ("numbers", "place", "change"),
-    [
-        ([1, 2.5], 1, "the number 1, which would become 1.0"),
-        ([2.5, "1.50"], 2, "the number 1.50, which would become 1.5"),
-        ([2.5, "1e3"], 2, "the number 1e3, which would become 1000.0"),
-    ],
-)
-def test_numbers_that_would_become_another_text(
-    folder: Path, numbers: list[Any], place: int, change: str
-) -> None:
-    lines = [
-        json.dumps(row | {"answer": "HERE"}).replace('"HERE"', str(number))
-        for row, number in zip(ROWS, numbers, strict=True)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(DataError, match=f"line {place}: column 'answer', .*{change}.*in quotes"):
-        LocalTask(definition(folder, doc_to_target="{{answer}}"))
-    LocalTask(definition(folder, doc_to_target="kind"))  # where nobody prints them
-
-
-def test_numbers_that_stay_as_they_are_written(folder: Path) -> None:
-    jsonl(folder, [ROWS[0] | {"answer": 1.5}, ROWS[1] | {"answer": 2.0}])
-    task = LocalTask(definition(folder, doc_to_target="{{answer}}"))
-    assert [task.sample(one).target for one in task.ids] == ["1.5", "2.0"]
-    jsonl(folder, [ROWS[0] | {"answer": 1}, ROWS[1] | {"answer": 20}])
-    task = LocalTask(definition(folder, doc_to_target="{{answer}}"))
-    assert [task.sample(one).target for one in task.ids] == ["1", "20"]
 
 
 def test_a_missing_data_file(folder: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from eval.engine import Engine
+from eval.task import Sample
 from mmlm_efficient import EfficientLMM
 from mmlm_efficient.encoding import encode
 from mmlm_efficient.errors import SettingsError, UnsupportedError
@@ -17,6 +19,7 @@ from mmlm_efficient.loading import load
 from mmlm_efficient.prepare import LMMParts, Prepared, check_methods, prepare
 from mmlm_efficient.pruning import METHODS, VFlowOpt
 from mmlm_efficient.pruning.base import Method, PruningMethod
+from mmlm_efficient.pruning.vflowopt_plan import stage_count, together
 from mmlm_efficient.stations.handed import CACHE
 from mmlm_efficient.tokens import VisualTokens
 from tests import tiny, tiny_families
@@ -165,47 +168,66 @@ def test_positions_behind_the_cuts_are_the_prompts(
     torch.testing.assert_close(last[0], first[0, request.layout.origin[0]], atol=0, rtol=0)
 
 
-MIXED = ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+# Their images have other numbers of tokens in the case "several".
+SIZES = ("llava_next", "qwen2_vl", "qwen2_5_vl")
 
 
-@pytest.mark.parametrize("family", MIXED)
-@pytest.mark.parametrize("budget", [{"keep_tokens": 20}, {"keep_tokens": 3}, {"keep_tokens": 70}])
-def test_one_number_for_images_of_different_sizes(
-    models: dict[str, LMMParts], family: str, budget: dict[str, int]
+def test_ratios_of_a_prompt_spend_its_images_budgets() -> None:
+    images = [(100, (0.5, 1.0, 0.5)), (300, (0.5, 0.5, 1.0)), (40, (1.0, 1.0, 1.0))]
+    r0, r1, r2 = together(images)
+    assert 440 * r0 == pytest.approx(50 + 150 + 40)
+    assert 440 * r0 * r1 == pytest.approx(50 + 75 + 40)
+    assert 440 * r0 * r1 * r2 == pytest.approx(25 + 75 + 40)
+    same = (0.3, 0.7, 0.9)
+    assert together([(7, same), (13, same)]) == same
+
+
+@pytest.mark.parametrize("n_keep", [8, 18, 40])
+@pytest.mark.parametrize("family", SIZES)
+def test_one_number_for_pictures_of_different_sizes(
+    models: dict[str, LMMParts], family: str, n_keep: int
 ) -> None:
-    """The images of a prompt together spend what their budgets add up to."""
+    method = VFlowOpt(keep_tokens=n_keep, profile="none", stage_layers=(1, 3))
     parts = models[family]
-    method = VFlowOpt(profile="none", exact_budget=True, **budget)
     inputs = tiny_families.sample_inputs(family, "several")
     prepared = ready(parts, inputs, method)
-    prefilled(parts, prepared)
-    reports = prepared.report().images
-    sizes = [tokens.n_in for tokens in prepared.tokens]
+    logits, _ = prefilled(parts, prepared)
+    reports = [one for one in prepared.report().images if one.sample == 0]
+    sizes = [len(tokens.places) for tokens in prepared.tokens if tokens.image < 3]
     assert len(set(sizes)) > 1
-    for sample in {report.sample for report in reports}:
-        own = [report for report in reports if report.sample == sample]
-        wanted = sum(min(budget["keep_tokens"], sizes[report.image]) for report in own)
-        spent = sum(report.mean_decoder_tokens for report in own)
-        assert spent == pytest.approx(wanted, abs=0.75 * len(own))
-        shares = [
-            len(prepared.tokens[one.image]) / min(budget["keep_tokens"], sizes[one.image])
-            for one in own
-            if len(prepared.tokens[one.image]) < sizes[one.image]
-        ]
-        assert not shares or max(shares) - min(shares) <= 1.01 / budget["keep_tokens"]
+    # Stage 0, per image; stages 1 and 2, together.
+    schedules = [method.schedule(parts.identity, at, n)[1] for at, n in enumerate(sizes)]
+    ratios = [schedule.stage_keep_ratios for schedule in schedules]
+    first = [stage_count(n, own[0]) for n, own in zip(sizes, ratios, strict=True)]
+    assert [report.decoder_layer_tokens[0] for report in reports] == first
+    _, r1, r2 = together(list(zip(sizes, ratios, strict=True)))
+    totals = [sum(first), stage_count(sum(first), r1)]
+    totals.append(stage_count(totals[1], r2))
+    layers = [sum(report.decoder_layer_tokens[layer] for report in reports) for layer in range(4)]
+    assert layers == [totals[0], totals[1], totals[1], totals[2]]
+    # Half a token per rounding: of every image at stage 0, of the prompt behind it.
+    mean = sum(report.mean_decoder_tokens for report in reports)
+    assert mean == pytest.approx(sum(min(n_keep, n) for n in sizes), abs=2.0)
+    alone = ready(parts, tiny_families.sample_inputs(family, "several", sample=0), method)
+    own_logits, _ = prefilled(parts, alone)
+    torch.testing.assert_close(logits[0], own_logits[0], atol=1e-4, rtol=0)
+    for report, own in zip(reports, alone.report().images, strict=True):
+        assert report.kept.equal(own.kept)
+        assert report.decoder_layer_tokens == own.decoder_layer_tokens
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("family", MIXED)
-def test_a_prompt_of_different_sizes_does_not_depend_on_its_batch(
-    models: dict[str, LMMParts], family: str
-) -> None:
-    parts, method = models[family], VFlowOpt(keep_tokens=20, profile="none")
-    together = ready(parts, tiny_families.sample_inputs(family, "several"), method)
-    logits, _ = prefilled(parts, together)
-    for sample in range(len(logits)):
-        alone = ready(parts, tiny_families.sample_inputs(family, "several", sample=sample), method)
-        assert torch.allclose(prefilled(parts, alone)[0][0, -1], logits[sample, -1], atol=1e-4)
+def test_an_evaluation_row_over_pictures_of_different_sizes() -> None:
+    pictures = [tiny_families.picture(size, 5) for size in ((40, 30), (16, 60), (64, 64))]
+    samples = [
+        Sample("a", "w10 w11", tuple(pictures), generation={"max_new_tokens": 2}),
+        Sample("b", "w12", tuple(pictures[1:]), generation={"max_new_tokens": 2}),
+    ]
+    model = tiny_families.tiny_model("llava_next")
+    with EfficientLMM(model, tiny_families.tiny_processor("llava_next")) as lmm:
+        outcomes = Engine(lmm).answer(samples, (VFlowOpt(keep_tokens=40, profile="none"),))
+    assert [one.error for one in outcomes] == [None, None]
+    means = [one.usage["visual_tokens_mean"] for one in outcomes]
+    assert means == pytest.approx([120, 80], abs=2.0)
 
 
 def test_an_encoded_image_must_hold_what_is_looked_at(models: dict[str, LMMParts]) -> None:

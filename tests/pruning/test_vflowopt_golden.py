@@ -204,8 +204,7 @@ def scene_of(family: Family, visual: Visual, maps: Tensor, n_together: int = 1) 
         raise AssertionError("no entropy, no pixels")
 
     seen = [Observed(None, None, one.expand(len(one), -1)) for one in maps]
-    together = tuple((image, len(visual.places)) for image in range(n_together))
-    return Scene(visual, seen, together, 1, no_pixels, pack, family.identity("recorded"))
+    return Scene(visual, seen, n_together, 1, no_pixels, pack, family.identity("recorded"))
 
 
 def vflowopt(ratio: float, grid: float | str, **settings: Any) -> VFlowOpt:
