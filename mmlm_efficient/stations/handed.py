@@ -109,8 +109,7 @@ def check_decoder(parts: DecoderParts) -> None:
         UnsupportedError: naming the release, what takes what no longer, and the known releases.
     """
     layer_takes = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE)
-    for layer in parts.layers:
-        _check(layer.forward, layer_takes, type(layer).__name__)
+    _check_layers(parts.layers, layer_takes)
     for create in _CAUSAL_MASKS:
         taken = ("config", "inputs_embeds", "attention_mask", CACHE, "layer_idx")
         _check(create, taken, create.__name__)
@@ -137,13 +136,17 @@ def check_tower(layers: Iterable[nn.Module], takes: Iterable[str]) -> None:
     Raises:
         UnsupportedError: as `check_decoder`.
     """
-    for layer in layers:
-        _check(layer.forward, takes, type(layer).__name__)
+    _check_layers(layers, takes)
     _check(
         create_bidirectional_mask,
         ("config", "inputs_embeds", "attention_mask"),
         create_bidirectional_mask.__name__,
     )
+
+
+def _check_layers(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
+    for kind, layer in {type(layer): layer for layer in layers}.items():
+        _check(layer.forward, names, kind.__name__)
 
 
 def _check(function: Callable[..., Any], names: Iterable[str], what: str) -> None:

@@ -1,25 +1,23 @@
-"""The benchmark of the wrapper beside the stock model: a small run of two checkouts."""
+"""The benchmark of the wrapper beside the stock model: its figures, measured small."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from benchmarks import boundary
-from benchmarks.common import ROOT, read_json
+from mmlm_efficient import load
 
 
-@pytest.mark.slow
-def test_small_run_of_two_checkouts(tmp_path: Path) -> None:
-    """This checkout stands in for the earlier one, too."""
-    out = tmp_path / "boundary.json"
-    sizes = ["--tokens", "3", "--wrappers", "2", "--repeats", "1"]
-    assert boundary.main([*sizes, "--before", str(ROOT), "--out", str(out)]) == 0
-    result = read_json(out)
-    for side in ("before", "after"):
-        assert result[side]["compile"]["stock"] == {"graphs": 1, "breaks": 0}
-        assert result[side]["decode_to_stock"]["stock"] == 1
-        assert set(boundary.METHODS) < set(result[side]["decode_ms_per_token"])
-        assert result[side]["dropped_wrappers"]["ms_per_wrapper"] > 0
-    assert result["before"].keys() == result["after"].keys()
+def test_small_figures() -> None:
+    with load("pocket", dtype="float32") as lmm:
+        decode = boundary.decode_ms(lmm, 3)
+        # A finished stream holds less than one copy of the features of a picture.
+        assert boundary.held_bytes(lmm) < 144 * 192 * 4
+    assert set(boundary.METHODS) < set(decode)
+    assert min(decode.values()) > 0
+    dropped = boundary.dropped(2)
+    assert dropped["hooks_left"] == 0
+    assert dropped["ms_per_wrapper"] > 0
+
+
+def test_medians_of_rounds() -> None:
+    rounds = [{"a": 1.0, "b": {"c": value}} for value in (3.0, 5.0, 4.0)]
+    assert boundary._medians(rounds) == {"a": 1.0, "b": {"c": 4.0}}
