@@ -6,6 +6,7 @@ and compare with the prompt that they know, so they get that one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,14 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from mmlm_efficient.inputs import behind
+
+# What criteria and processors of transformers call a column of the prompt and what follows.
+_COLUMNS = ("max_length", "min_length", "prompt_length_to_skip", "begin_index", "regulation_start")
+
+
+def is_transformers_own(function: Any) -> bool:
+    """Whether a criterion or processor is one of transformers' own classes."""
+    return type(function).__module__.startswith("transformers.")
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,24 @@ class CallersPrompt:
         wrapped: dict[str, Any] = {}
         for name, kind in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
             if given.get(name):
-                wrapped[name] = [kind(self, function) for function in given[name]]
+                wrapped[name] = [
+                    self._counting(one) if is_transformers_own(one) else kind(self, one)
+                    for one in given[name]
+                ]
         if (function := given.get("prefix_allowed_tokens_fn")) is not None:
             wrapped["prefix_allowed_tokens_fn"] = partial(self._allowed, function, repeats)
         if given.get("streamer") is not None:
             wrapped["streamer"] = _Streamer(self, given["streamer"])
         return wrapped
+
+    def _counting(self, own: Any) -> Any:
+        """A class of transformers, which counts columns at most. It stays what it is: generate()
+        leaves out what it would make of settings where it is given one of the same type."""
+        own = copy.copy(own)
+        for name in _COLUMNS:
+            if isinstance(value := getattr(own, name, None), int):
+                setattr(own, name, value - self.removed)
+        return own
 
     def _allowed(self, function: Callable[..., Any], repeats: int, number: int, ids: Tensor) -> Any:
         own = CallersPrompt(self.own_ids[number // repeats].unsqueeze(0), self.width)

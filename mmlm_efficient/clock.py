@@ -75,8 +75,9 @@ class Watch(StoppingCriteria):
     Attributes:
         first_token_s: clock when the first new token was there, seconds; None before.
         cancelled: set it to stop after the current step.
-        criteria: what else may end a row of the batch. They are asked here, because what
-            generate() appends to a row that ended may look like an end token.
+        criteria: the caller's, which may end single rows of the batch. They are asked here,
+            because what generate() appends to a row that ended may look like an end token.
+        stop_strings: those that look for them, asked for the same reason.
         ended: for each row that one of them ended, the columns it had then.
     """
 
@@ -85,6 +86,7 @@ class Watch(StoppingCriteria):
         self.first_token_s: float | None = None
         self.cancelled = False
         self.criteria: Sequence[Callable[..., Any]] = ()
+        self.stop_strings: Sequence[Callable[..., Any]] = ()
         self.ended: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -93,9 +95,23 @@ class Watch(StoppingCriteria):
             self.first_token_s = self.stopwatch.now()
         rows, columns = input_ids.shape
         done = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-        for criterion in self.criteria:
+        for criterion in (*self.criteria, *self.stop_strings):
             done = done | criterion(input_ids, scores, **kwargs)
-        if self.criteria:
+        if self.criteria or self.stop_strings:
             for row in done.nonzero().flatten().tolist():
                 self.ended.setdefault(row, columns)
         return done | self.cancelled
+
+    def ends_of(self, sequences: Tensor, width: int) -> dict[int, int]:
+        """For each finished row that ends with a stop string, the columns up to its end.
+
+        Args:
+            sequences: int64 [B, width + new].
+            width: columns of the prompt.
+        """
+        ended: dict[int, int] = {}
+        for columns in range(width + 1, sequences.shape[1] + 1):
+            for criterion in self.stop_strings:
+                for row in criterion(sequences[:, :columns], None).nonzero().flatten().tolist():
+                    ended.setdefault(row, columns)
+        return ended

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StopStringCriteria
 
-from mmlm_efficient.callbacks import CallersPrompt
+from mmlm_efficient.callbacks import CallersPrompt, is_transformers_own
+from mmlm_efficient.clock import Watch
 from mmlm_efficient.errors import MMLMError, PromptError, SettingsError, UnsupportedError
+from mmlm_efficient.prepare import Prepared
 from mmlm_efficient.sampling import Draws
 from mmlm_efficient.stations.handed import NUMBERS_ROWS
 
 # Steps of generate() that run the model: what fails inside them is no matter of settings.
 _DECODING = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
+CALLBACKS = ("logits_processor", "stopping_criteria")
 _RUNNING = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
 
 
@@ -135,7 +138,7 @@ class Settings:
         return [StopStringCriteria(tokenizer=arguments["tokenizer"], stop_strings=strings)]
 
 
-def folded(arguments: dict[str, Any]) -> dict[str, Any]:
+def _folded(arguments: dict[str, Any]) -> dict[str, Any]:
     """Settings beside a generation_config written into a copy of it: transformers gives up taking
     both. None stays an argument: in a config it means "not set", as an argument "off"."""
     if arguments.get("generation_config") is None:
@@ -167,12 +170,12 @@ def seeded(
     with Draws(seed, device) as draws:
         if settings.value("custom_generate") is not None:
             draws.on()  # where a loop of the caller's draws is not known
-        elif settings.value("do_sample"):
-            for name, own in (
-                ("logits_processor", draws.processor),
-                ("stopping_criteria", draws.criterion),
-            ):
-                arguments[name] = [*(arguments.get(name) or []), own]
+        elif settings.value("do_sample") or settings.given.keys() & CALLBACKS:
+            # The caller's own functions may draw as well: on before them, off behind them.
+            given = (arguments.get(name) or [] for name in CALLBACKS)
+            processors, criteria = given
+            arguments["logits_processor"] = [draws.processor, *processors]
+            arguments["stopping_criteria"] = [*criteria, draws.criterion]
         yield
 
 
@@ -219,3 +222,56 @@ def _while_running(error: Exception, given: Mapping[str, Any]) -> bool:
         if code.co_name in _DECODING and "transformers" in code.co_filename:
             return True
     return False
+
+
+def generated(
+    model: Any,
+    prepared: Prepared,
+    settings: Settings,
+    seed: int | None,
+    prompt: CallersPrompt,
+    tokenizer: Any,
+    watch: Watch | None = None,
+    **own: Any,
+) -> Any:
+    """What transformers' generate() returns for a prepared request, under all its methods.
+
+    Args:
+        model: what runs, wrappers of others among it.
+        prepared: the request.
+        settings: of the call.
+        seed: of its draws, or None.
+        prompt: the caller's, of which the model may run less.
+        tokenizer: reads stop strings.
+        watch: looks on, if anybody wants to know.
+        own: further arguments of generate(), which win.
+
+    Raises:
+        SettingsError, UnsupportedError: a setting that generate() refuses, or that does not go
+            with the request's methods; a method that did not act.
+    """
+    device = prepared.parts.family.input_device
+    settings.check_possible(device)
+    without_cache = prepared.watches_layers and settings.value("use_cache") is False
+    if prepared.cuts_layers or prepared.changes_attention or without_cache:
+        settings.check_one_prompt()
+    cut = bool(prepared.layout.removed.any())
+    arguments = {**settings.arguments(prompt if cut else None, tokenizer), **own}
+    if watch is not None:
+        given = arguments.get("stopping_criteria") or []
+        # transformers' own stay in sight of generate(), which knows them by their type.
+        watch.criteria = [one for one in given if not is_transformers_own(one)]
+        watch.stop_strings = [
+            *(one for one in given if isinstance(one, StopStringCriteria)),
+            *settings.stop_strings(arguments),
+        ]
+        arguments["stopping_criteria"] = [*filter(is_transformers_own, given), watch]
+    with ExitStack() as stack:
+        stack.enter_context(prepared.active())
+        if seed is not None:
+            stack.enter_context(seeded(seed, device, settings, arguments))
+        stack.enter_context(refusals(settings.given))
+        output = model.generate(**prepared.model_inputs, **_folded(arguments))
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    prepared.check_acted(sequences.shape[1] - prompt.width)
+    return output

@@ -7,11 +7,13 @@ by its name where there is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import TransformersKwargs
 
 from mmlm_efficient.errors import MMLMError, PromptError, UnsupportedError
 from mmlm_efficient.families import Family
@@ -26,6 +28,15 @@ from mmlm_efficient.stations.bridge import (
     find_blocks,
 )
 from mmlm_efficient.stations.handed import CACHE, given_cache
+
+
+def forward_arguments(family: Family) -> set[str]:
+    """Names of the arguments that a model's forward() takes."""
+    takes: set[str] = set()
+    for part in (family.model, family.backbone, family.decoder.module):
+        takes.update(inspect.signature(type(part).forward).parameters)
+    # What the models take as `**kwargs` and hand on.
+    return {*takes, *TransformersKwargs.__annotations__, "return_dict"} - {"self", "kwargs"}
 
 
 def input_ids_of(inputs: Mapping[str, Any]) -> Tensor:

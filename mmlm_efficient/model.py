@@ -7,23 +7,22 @@ and methods prune (`prepare`), transformers generates, and the new tokens are de
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import TransformersKwargs
 
 from mmlm_efficient.answers import Answer, Run, kv_bytes
 from mmlm_efficient.callbacks import CallersPrompt
 from mmlm_efficient.clock import Stopwatch, Watch
 from mmlm_efficient.errors import ContextError, SettingsError
 from mmlm_efficient.families.base import Fit
-from mmlm_efficient.generation import Settings, folded, refusals, seeded
-from mmlm_efficient.inputs import input_ids_of
+from mmlm_efficient.generation import Settings, generated
+from mmlm_efficient.inputs import forward_arguments, input_ids_of
 from mmlm_efficient.names import model_name
 from mmlm_efficient.prepare import LMMParts, Prepared, check_family, check_methods, prepare
 from mmlm_efficient.processors import image_stats
@@ -296,10 +295,7 @@ class EfficientLMM:
         one = Request(question, image, video)
         request = self._request([one], methods, max_new_tokens, seed, sampling, generation)
         ready = self._ready(request)
-
-        def work(watch: Watch, streamer: Any) -> Answer:
-            return self._answer(ready, watch, streamer=streamer)[0]
-
+        work = partial(self._answer, ready)
         return AnswerStream(work, Watch(request.stopwatch), self.processor.tokenizer)
 
     # The signatures of transformers
@@ -330,7 +326,7 @@ class EfficientLMM:
         names = generation_names()
         generation = {name: value for name, value in inputs.items() if name in names}
         model_inputs = {name: value for name, value in inputs.items() if name not in names}
-        check_generation(model_inputs, also=self._forward_arguments())
+        check_generation(model_inputs, also=forward_arguments(self._parts.family))
         own_ids = input_ids_of(model_inputs)
         check_generation_values(generation)
         settings = self._settings(generation)
@@ -356,7 +352,7 @@ class EfficientLMM:
             The model's output; logits [B, S', V] over the shortened prompt.
         """
         inputs = with_cache_renamed(inputs)
-        refuse_unknown(inputs, self._forward_arguments(), "forward")
+        refuse_unknown(inputs, forward_arguments(self._parts.family), "forward")
         input_ids_of(inputs)
         prepared = self._prepare(inputs, methods)
         model_inputs = prepared.model_inputs
@@ -466,8 +462,9 @@ class EfficientLMM:
             decode_s=end - first,
         )
         tokenizer = self.processor.tokenizer
-        # Beams are rows of their own, none of them an answer before the end.
-        ended = {} if (settings.value("num_beams") or 1) > 1 else watch.ended
+        ended = watch.ended
+        if (settings.value("num_beams") or 1) > 1:  # rows of their own, no answers before the end
+            ended = watch.ends_of(output.sequences, width)
         return [
             run.answer(sample, ids, tokenizer, ended[sample] - width if sample in ended else None)
             for sample, ids in enumerate(new_ids)
@@ -482,42 +479,9 @@ class EfficientLMM:
         watch: Watch | None = None,
         **own: Any,
     ) -> Any:
-        """Step 4: transformers' own generate() on a prompt that may be shorter than the caller's.
-
-        Args:
-            prepared: the request.
-            settings: of the call.
-            seed: of its draws.
-            prompt: the caller's.
-            watch: looks on, if anybody wants to know.
-            own: further arguments of generate(), which win.
-        """
-        device = self._parts.family.input_device
-        settings.check_possible(device)
-        if (
-            prepared.cuts_layers
-            or prepared.changes_attention
-            or (prepared.watches_layers and settings.value("use_cache") is False)
-        ):
-            settings.check_one_prompt()
-        cut = bool(prepared.layout.removed.any())
+        """Step 4: transformers' own generate(), see `generated`."""
         tokenizer = getattr(self.processor, "tokenizer", None)
-        arguments = {**settings.arguments(prompt if cut else None, tokenizer), **own}
-        if watch is not None:
-            watch.criteria = [
-                *(arguments.get("stopping_criteria") or []),
-                *settings.stop_strings(arguments),
-            ]
-            arguments["stopping_criteria"] = [watch]
-        with ExitStack() as stack:
-            stack.enter_context(prepared.active())
-            if seed is not None:
-                stack.enter_context(seeded(seed, device, settings, arguments))
-            stack.enter_context(refusals(settings.given))
-            output = self.model.generate(**prepared.model_inputs, **folded(arguments))
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        prepared.check_acted(sequences.shape[1] - prompt.width)
-        return output
+        return generated(self.model, prepared, settings, seed, prompt, tokenizer, watch, **own)
 
     def _prepare(self, inputs: Mapping[str, Any], methods: Methods) -> Prepared:
         """Step 3: the tower runs, methods prune, the prompt shrinks to match."""
@@ -545,12 +509,3 @@ class EfficientLMM:
     def _settings(self, generation: Mapping[str, Any]) -> Settings:
         """Generation settings of one call, with the model's own behind them."""
         return Settings(generation, self._parts.family.model.generation_config)
-
-    def _forward_arguments(self) -> set[str]:
-        """Names of the model's own inputs."""
-        family = self._parts.family
-        takes: set[str] = set()
-        for part in (family.model, family.backbone, family.decoder.module):
-            takes.update(inspect.signature(type(part).forward).parameters)
-        # What the models take as `**kwargs` and hand on.
-        return {*takes, *TransformersKwargs.__annotations__, "return_dict"} - {"self", "kwargs"}

@@ -299,8 +299,8 @@ def _rendered_by_tokenizer(processor: Any, content: list[dict[str, str]]) -> str
             prompt: str = tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-            # Not the list itself, printed.
-            if prompt.count(token) == words.count(token) and "'type': " not in prompt:
+            printed = form is content and str(content)[1:-1] in prompt
+            if prompt.count(token) == words.count(token) and not printed:
                 return prompt
     raise PromptError(
         "the model's processor has no chat template, and the tokenizer's shows no images. Set "

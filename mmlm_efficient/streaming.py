@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -21,11 +22,11 @@ class _Job:
 
     def __init__(
         self,
-        work: Callable[[Watch, TextIteratorStreamer], Answer],
+        work: Callable[[Watch, TextIteratorStreamer], list[Answer]],
         watch: Watch,
         streamer: TextIteratorStreamer,
     ) -> None:
-        self.work: Callable[[Watch, TextIteratorStreamer], Answer] | None = work
+        self.work: Callable[[Watch, TextIteratorStreamer], list[Answer]] | None = work
         self.watch = watch
         # Autocast belongs to a thread; the worker's is that of whoever asks.
         self.autocast = [
@@ -43,10 +44,13 @@ class _Job:
             with ExitStack() as stack:
                 for autocast in self.autocast:
                     stack.enter_context(autocast)
-                self.answer = None if work is None else work(self.watch, self.streamer)
+                self.answer = None if work is None else work(self.watch, self.streamer)[0]
         except BaseException as error:  # noqa: BLE001 - handed to the reader, who raises it
+            # Its frames hold what the answer ran on. (What a closure holds would stay.)
+            traceback.clear_frames(error.__traceback__)
             self.error = error
         finally:
+            work = None
             # Ends the iteration also when generate() never came to its own end.
             self.streamer.on_finalized_text("", stream_end=True)
 
@@ -64,7 +68,7 @@ class AnswerStream:
 
     def __init__(
         self,
-        work: Callable[[Watch, TextIteratorStreamer], Answer],
+        work: Callable[[Watch, TextIteratorStreamer], list[Answer]],
         watch: Watch,
         tokenizer: Any,
     ) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -120,6 +121,25 @@ def test_a_limit_of_the_callers_stops_where_it_says(lmm: EfficientLMM) -> None:
         assert ids.shape[1] == length + 4
 
 
+@pytest.mark.parametrize("methods", METHODS)
+def test_what_is_transformers_own_replaces_what_settings_make(
+    lmm: EfficientLMM, methods: Any
+) -> None:
+    """generate() leaves out its own criterion or processor where it is given one of that type."""
+    inputs = inputs_of(lmm, ASKED)
+    length = inputs["input_ids"].shape[1]
+    longer = [MaxLengthCriteria(length + 4)]
+    options: dict[str, Any] = {"methods": methods, "eos_token_id": None}
+    ids = lmm.generate(**inputs, stopping_criteria=longer, max_new_tokens=2, **options)
+    assert ids.shape[1] == length + 4
+    plain = lmm.generate(**inputs, max_new_tokens=4, **options)
+    neutral = [RepetitionPenaltyLogitsProcessor(1.0)]
+    ids = lmm.generate(
+        **inputs, logits_processor=neutral, repetition_penalty=9.0, max_new_tokens=4, **options
+    )
+    assert torch.equal(ids, plain)
+
+
 # Where an answer ends
 
 
@@ -139,7 +159,14 @@ SCENES: list[Any] = [
 
 
 @pytest.mark.parametrize("methods", [(), "flowcut:36"])
-@pytest.mark.parametrize("ends", [{"stop_strings": ["pig", "1", "ball"]}, {}])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {},
+        {"stop_strings": ["pig", "1", "ball"]},
+        {"stop_strings": ["pig", "1", "ball"], "num_beams": 3},
+    ],
+)
 def test_tokens_are_counted_alike_alone_and_in_a_batch(
     pocket: EfficientLMM, methods: Any, ends: Any
 ) -> None:
@@ -226,6 +253,23 @@ def test_a_seed_draws_what_torchs_own_seed_draws(lmm: EfficientLMM, more: Any) -
     assert torch.equal(torch.get_rng_state(), state)
     others = [lmm.generate(**inputs, methods=(), seed=seed, **options) for seed in (8, 9)]
     assert any(not torch.equal(other, want) for other in others)
+
+
+def test_functions_of_the_callers_draw_from_the_seed_too(lmm: EfficientLMM) -> None:
+    drawn: list[int] = []
+
+    def draws(input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn.append(int(torch.multinomial(torch.ones(1000), 1)))
+        return scores
+
+    inputs, runs = inputs_of(lmm, ASKED[:1]), []
+    for sampling in ({"do_sample": True}, {"do_sample": True}, {}, {}):
+        drawn.clear()
+        lmm.generate(**inputs, seed=3, logits_processor=[draws], max_new_tokens=4, **sampling)
+        runs.append(list(drawn))
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
+    assert len(set(runs[0])) > 1
 
 
 def test_a_draw_that_fails_leaves_no_mode_behind(lmm: EfficientLMM) -> None:

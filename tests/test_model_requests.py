@@ -257,6 +257,13 @@ def test_the_tokenizers_template_where_the_processor_has_none(template: str, pro
     assert answer.usage.visual_tokens_kept["tower"] == 9
 
 
+def test_a_question_that_looks_like_a_printed_list() -> None:
+    processor = tiny_processor()
+    processor.chat_template, processor.tokenizer.chat_template = None, TEXT_ONLY
+    question = "What is {'type': 'text'} ?"
+    assert question in write_prompt(processor, question, 1)
+
+
 def test_a_tokenizers_template_that_shows_no_images() -> None:
     processor = tiny_processor()
     processor.chat_template, processor.tokenizer.chat_template = None, WITHOUT_IMAGES

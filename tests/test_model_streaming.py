@@ -119,3 +119,17 @@ def test_a_finished_stream_lets_go_of_what_it_ran_on(lmm: EfficientLMM, method: 
     assert stream.answer is not None
     gc.collect()
     assert not any(one() for one in seen)
+
+
+def test_a_stream_that_fails_lets_go_as_well(lmm: EfficientLMM) -> None:
+    def fails(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("mine")
+
+    gc.collect()
+    stream = lmm.stream(QUESTION, picture(), stopping_criteria=[fails])
+    seen = [weakref.ref(one) for one in gc.get_objects() if type(one) is Prepared]
+    assert seen
+    with pytest.raises(RuntimeError, match="mine"):
+        list(stream)
+    gc.collect()
+    assert not any(one() for one in seen)

@@ -146,6 +146,8 @@ def test_a_wrapper_that_cannot_generate_is_refused() -> None:
         UnsupportedError, match=r"DataParallel: has no generate\(\). Give the Llava"
     ):
         EfficientLMM(nn.DataParallel(tiny.tiny_llava()), tiny_processor())
+    with pytest.raises(UnsupportedError, match="object: is no module of torch"):
+        EfficientLMM(object(), tiny_processor())
     with pytest.raises(UnsupportedError, match="belongs to no supported model family"):
         EfficientLMM(nn.Linear(1, 1), tiny_processor())
 

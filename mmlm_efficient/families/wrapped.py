@@ -22,9 +22,11 @@ def model_inside(model: Any) -> Any:
     Raises:
         UnsupportedError: there is none inside, or the wrapper cannot stand in for it.
     """
-    inside = model
-    if isinstance(model, nn.Module):
-        inside = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            f"{type(model).__name__}: is no module of torch. Give the model of transformers itself."
+        )
+    inside = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
     if inside is model:
         return model
     kind = type(model).__name__

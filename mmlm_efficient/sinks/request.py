@@ -133,12 +133,12 @@ class RedistributionRequest:
         self._tables: dict[tuple[int, torch.device], tuple[PromptLayout, _Tables]] = {}
         self._keys: dict[int, Keys] = {}
         self._past: _Past | None = None
-        self._entered = False
+        self._entered: set[int] = set()
         self.decoded = 0
 
     def enter(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> _LayerWork | None:
         """See `AttentionRequest`: find the sinks among the prompt's tokens, choose the rows."""
-        self._entered = True
+        self._entered.add(layer)
         if layer not in self._layers:
             return None
         layout = self._layout()
@@ -180,7 +180,7 @@ class RedistributionRequest:
 
     def check_acted(self, new_tokens: int) -> None:
         """See `AttentionRequest`."""
-        check_seen(self._entered, "the language model")
+        check_seen(self._entered >= self._layers, "the language model")
         # No keys: not one visual token was left.
         check_seen(not self._keys or new_tokens < 2 or self.decoded > 0, "decoding")
 

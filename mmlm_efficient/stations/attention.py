@@ -145,11 +145,12 @@ class _Switch:
 
     def on(self) -> None:
         """Make the decoder use `NAME`."""
-        if self.config._attn_implementation != NAME:
-            self.module.set_attn_implementation(NAME)
+        # Counted first: another station may be dropped at any moment, and switch back.
         if not self.counted:
             _USERS[self.module] = _USERS.get(self.module, 0) + 1
             self.counted = True
+        if self.config._attn_implementation != NAME:
+            self.module.set_attn_implementation(NAME)
 
     def off(self) -> None:
         """The last station gives the model its own attention back."""

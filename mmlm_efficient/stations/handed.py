@@ -145,12 +145,16 @@ def check_tower(layers: Iterable[nn.Module], takes: Iterable[str]) -> None:
 
 
 def _check_layers(layers: Iterable[nn.Module], names: Iterable[str]) -> None:
-    for kind, layer in {type(layer): layer for layer in layers}.items():
-        _check(layer.forward, names, kind.__name__)
+    # In torch.compile's wrapper is the layer, and under a replaced forward its class's own.
+    kinds: set[Any] = {type(getattr(layer, "_orig_mod", layer)) for layer in layers}
+    for kind in kinds:
+        _check(kind.forward, names, kind.__name__)
 
 
 def _check(function: Callable[..., Any], names: Iterable[str], what: str) -> None:
     taken = _parameters(function)
+    if any(one.kind is one.VAR_POSITIONAL for one in taken.values()):
+        return  # a wrapper that hands on whatever it gets; `cache_of` sees what that is
     missing = [repr(name) for name in names if name not in taken]
     if missing:
         raise UnsupportedError(_refusal(what, missing))

@@ -7,6 +7,7 @@ active in the thread; without one, every hook returns None at once.
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -61,7 +62,13 @@ class StationHook:
         return None if work is None or self._act is None else self._act(work, *args)
 
     def __reduce__(self) -> Any:
-        return StationHook, ()
+        return _idle_hook, ()
+
+
+def _idle_hook() -> StationHook:
+    """The hook of a copy. The copied model may name our attention function: it must exist."""
+    importlib.import_module("mmlm_efficient.stations.attention")
+    return StationHook()
 
 
 class LayerWork(Protocol):

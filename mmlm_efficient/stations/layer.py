@@ -113,6 +113,7 @@ class LayerRequest:
         self._sources: list[Tensor] = []
         self._merges: list[list[Merge]] = []
         self._forward: _Forward | None = None
+        self._left: set[int] = set()
         for cut in self.cuts.values():
             cut.check_ratios(layout.blocks)
 
@@ -140,7 +141,7 @@ class LayerRequest:
         Raises:
             UnsupportedError: it did not see the prompt, or no generated token behind a cut.
         """
-        check_seen(self._forward is not None, "the language model")
+        check_seen(self._forward is not None and self._left >= {*self.cuts}, "the language model")
         if self.cut_layers:
             check_seen(new_tokens < 2 or self.steps > 0, "decoding")
 
@@ -209,6 +210,7 @@ class LayerRequest:
         self.members.clear()
         self.counts.clear()
         self.cut_layers.clear()
+        self._left.clear()
         self.scored_layers.clear()
         self.prefilled = True
         self.steps = 0
@@ -390,6 +392,7 @@ class LayerRequest:
         forward = self._forward
         if forward is None or layer not in self.cuts:
             return None
+        self._left.add(layer)
         cut = self._cutting(layer)
         if cut is not None:
             with torch.no_grad():

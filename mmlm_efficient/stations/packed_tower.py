@@ -191,6 +191,7 @@ class PackedTowerRun(TowerRun):
         self.tokens = [kept[: len(kept) // self._unit] for kept in self.kept]
         self.cut_layer = torch.full((len(lengths), max(lengths)), -1, device=device)
         self.layer_counts = [[] for _ in lengths]
+        self.n_left = 0
         self.seconds = 0.0
         self._projections.clear()
         self._rows = self._slices = self._windows = None
@@ -249,6 +250,7 @@ class PackedTowerRun(TowerRun):
     def leave(self, layer: int, hidden: Tensor, parts: Any) -> Tensor | None:
         """Cut a block's output [S, C] to [S', C], or None when every patch goes on."""
         self._layer = -1
+        self.n_left += 1
         start = time.perf_counter()
         keep = self.tower_pass.cut(layer)
         if keep is None:
@@ -400,7 +402,7 @@ class PackedTowerStation(LayerHooks[Any]):
         run = PackedTowerRun(tower_pass, slices, self._parts)
         with activate(self.key, run):
             yield run
-        check_seen(bool(run.layer_counts), "the vision tower")
+        check_seen(run.n_left == len(self._parts.layers), "the vision tower")
 
 
 def _check_merge(work: Any, *_: Any) -> None:

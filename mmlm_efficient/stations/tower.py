@@ -91,6 +91,7 @@ class TowerRun:
         kept: int64 [K_i] per image, original indices of the patches that are left, ascending.
         cut_layer: int64 [B, N], layer after which a patch was cut, -1 = kept.
         layer_counts: for each image, the patches entering each layer.
+        n_left: layers that have run.
         seconds: host seconds spent in scoring and cutting.
     """
 
@@ -99,6 +100,7 @@ class TowerRun:
         self.kept: list[Tensor] = []
         self.cut_layer = torch.empty(0, 0, dtype=torch.long)
         self.layer_counts: list[list[int]] = []
+        self.n_left = 0
         self.seconds = 0.0
         self._lead = int(has_cls)
         self._valid: Tensor | None = None
@@ -113,6 +115,7 @@ class TowerRun:
         self.kept = [everything] * n_images
         self.cut_layer = torch.full((n_images, n_patches), -1, device=hidden.device)
         self.layer_counts = [[] for _ in range(n_images)]
+        self.n_left = 0
         self.seconds = 0.0
         self._valid = self._lengths = self._mask = None
         self._projections.clear()
@@ -155,6 +158,7 @@ class TowerRun:
 
     def leave(self, layer: int, hidden: Tensor, parts: TowerParts) -> Tensor | None:
         """Cut a layer's output [B, L, C] to [B, L', C], or None when every patch goes on."""
+        self.n_left += 1
         start = time.perf_counter()
         keep = self.tower_pass.cut(layer)
         if keep is None:
@@ -254,4 +258,4 @@ class TowerStation(LayerHooks[TowerParts]):
         run = TowerRun(tower_pass, self._parts.has_cls)
         with activate(self.key, run):
             yield run
-        check_seen(bool(run.layer_counts), "the vision tower")
+        check_seen(run.n_left == len(self._parts.layers), "the vision tower")

@@ -69,6 +69,23 @@ def test_a_release_that_renames_the_cache_again_is_refused(station: Any) -> None
     assert not any(layer._forward_pre_hooks for layer in parts.layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["compiled", "replaced"])
+def test_layers_that_others_wrapped(how: str) -> None:
+    with EfficientLMM(tiny.tiny_llava(), tiny_processor()) as plain:
+        want = plain.forward(**PROMPT, methods="fastv:9").logits
+    model = tiny.tiny_llava()
+    layers = model.model.language_model.layers
+    for place, layer in enumerate(layers):
+        if how == "compiled":
+            layers[place] = torch.compile(layer, backend="eager", disable=True)
+        else:
+            own = layer.forward
+            layer.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
+    with EfficientLMM(model, tiny_processor()) as lmm:
+        assert torch.equal(lmm.forward(**PROMPT, methods="fastv:9").logits, want)
+
+
 def test_a_release_whose_tower_takes_no_mask_is_refused() -> None:
     class Block(nn.Module):
         def forward(self, hidden_states: Any) -> Any:
@@ -129,11 +146,12 @@ def test_a_method_that_does_not_act_while_decoding(lmm: EfficientLMM, method: An
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [VAR(**SINKS), FastV(keep_tokens=9, layer=1)])
+@pytest.mark.parametrize("method", [VAR(**SINKS), FastV(keep_tokens=9, layer=2)])
 def test_a_method_that_does_not_act_at_all(method: Any) -> None:
     with EfficientLMM(tiny.tiny_llava(), tiny_processor()) as lmm:
-        for layer in lmm.parts.family.decoder.layers:
+        for layer in lmm.parts.family.decoder.layers[1:]:
             layer._forward_pre_hooks.clear()  # as code that was compiled before has none
+            layer._forward_hooks.clear()
         for run in (lmm.forward, partial(lmm.generate, max_new_tokens=2)):
             with pytest.raises(UnsupportedError, match="the language model ran, but its hooks"):
                 run(**PROMPT, methods=method)
@@ -143,9 +161,10 @@ def test_a_method_that_does_not_act_at_all(method: Any) -> None:
 @torch.no_grad()
 def test_a_tower_that_runs_without_its_hooks() -> None:
     with EfficientLMM(tiny.tiny_llava(), tiny_processor()) as lmm:
-        for part in lmm.model.model.vision_tower.modules():
-            part._forward_pre_hooks.clear()
-            part._forward_hooks.clear()
+        for layer in lmm.parts.family.tower.layers[1:]:
+            for part in layer.modules():
+                part._forward_pre_hooks.clear()
+                part._forward_hooks.clear()
         with pytest.raises(UnsupportedError, match="the vision tower ran, but its hooks did not"):
             lmm.forward(**PROMPT, methods="flowcut:9")
 

@@ -6,8 +6,11 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +86,9 @@ def test_the_hooks_of_another_wrapper_stay(model: Any) -> None:
 
 
 def test_a_stream_keeps_its_wrapper(model: Any) -> None:
+    with torch.no_grad():
+        model.generate(**PROMPT, max_new_tokens=2)  # transformers' own hooks come with it
+    stock = hooks_of(model)
     lmm: Any = EfficientLMM(model, tiny_processor())
     want = lmm.ask("where cat ?", tiny_image(), methods="fastv:9", max_new_tokens=4).text
     stream = lmm.stream("where cat ?", tiny_image(), methods="fastv:9", max_new_tokens=4)
@@ -90,7 +96,7 @@ def test_a_stream_keeps_its_wrapper(model: Any) -> None:
     gc.collect()
     assert "".join(stream) == want
     gc.collect()
-    assert hooks_of(model) < 30
+    assert hooks_of(model) == stock
 
 
 def tiny_image() -> Any:
@@ -116,6 +122,33 @@ def test_a_copied_model_is_stock(model: Any, way: str) -> None:
                 assert torch.equal(logits_of(theirs, methods), logits_of(lmm, methods))
 
 
+def test_a_copy_made_while_attention_is_changed(model: Any, tmp_path: Path) -> None:
+    """It names our attention function, which a new process has to know."""
+    lmm = EfficientLMM(model, tiny_processor())
+    words = torch.tensor([[1, 5, 6]])
+    with torch.no_grad():
+        want = model(words).logits
+        with lmm.parts.attention.active(_Idle()):
+            assert torch.equal(model(words).logits, want)
+        torch.save(model, tmp_path / "model.pt")
+        assert torch.equal(copy.deepcopy(model)(words).logits, want)
+    torch.save(want, tmp_path / "want.pt")
+    code = (
+        "import torch, sys; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "model, want = (torch.load(folder / f'{n}.pt', weights_only=False) "
+        "for n in ('model', 'want'));"
+        "assert torch.equal(model(torch.tensor([[1, 5, 6]])).logits, want)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+class _Idle:
+    """A request that wants nothing."""
+
+    def enter(self, *_: Any) -> None:
+        return None
+
+
 def _copied(model: Any, way: str) -> Any:
     if way == "deepcopy":
         return copy.deepcopy(model)
@@ -133,6 +166,24 @@ def test_a_wrapper_is_not_pickled(model: Any) -> None:
         pytest.raises(UnsupportedError, match="cannot be copied or pickled"),
     ):
         pickle.dumps(lmm)
+
+
+def test_a_station_that_is_dropped_while_another_switches_on(model: Any) -> None:
+    """The garbage collector may drop a wrapper at any moment, here within the switch."""
+    wrappers = [EfficientLMM(model, tiny_processor()) for _ in range(2)]
+    logits_of(wrappers[1], VAR(**SINKS))
+    decoder = model.model.language_model
+    decoder.set_attn_implementation("sdpa")  # somebody switched it back
+    switch = decoder.set_attn_implementation
+
+    def dropping(name: str) -> None:
+        wrappers[1:] = []
+        switch(name)
+
+    decoder.set_attn_implementation = dropping
+    want = logits_of(wrappers[0], VAR(**SINKS))
+    del decoder.set_attn_implementation
+    assert torch.equal(logits_of(wrappers[0], VAR(**SINKS)), want)
 
 
 # Compilation
