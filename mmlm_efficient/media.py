@@ -430,10 +430,12 @@ def _from_integers(
             f"{where}: integer pixels from {low} to {high}; "
             "8-bit or 16-bit (0 to 65535) are allowed. Convert it first."
         )
-    if mode == "I" and 0 < high < 256:
+    # Also 8 bits with a few values beyond, and 10 bits.
+    if mode == "I" and 0 < high < 1024:
         raise MediaError(
             f"{where}: 32-bit integer pixels from {low} to {high} may be an 8-bit picture or a "
-            "dark 16-bit one. Convert it first, to mode 'L' or 'I;16'."
+            "dark 16-bit one. Convert it first: picture.convert('L') for 8 bits (what is above 255 "
+            "becomes 255), picture.convert('I;16') for 16."
         )
     pixels = _eight_bits(values)
     if transparent is not None:

@@ -176,8 +176,13 @@ def test_colours_of_sixteen_bits() -> None:
 @pytest.mark.parametrize("form", ["PIL", "TIFF"])
 def test_integers_that_may_be_of_8_or_16_bits(form: str) -> None:
     """They came out nearly black."""
-    picture = Image.fromarray(np.array([[0, 100, 255]], dtype=np.int32))
-    refuse(picture if form == "PIL" else encoded(picture, "TIFF"), "from 0 to 255", "mode 'L'")
+    for high in (1, 255, 256, 300, 1023):
+        picture = Image.fromarray(np.array([[0, 100, high]], dtype=np.int32))
+        words = (f"from 0 to {max(high, 100)}", "convert('L')", "convert('I;16')")
+        refuse(picture if form == "PIL" else encoded(picture, "TIFF"), *words)
+    for mode, expected in (("L", [0, 100, 255]), ("I;16", [0, 0, 4])):
+        loaded = load_image(picture.convert(mode))
+        assert np.asarray(loaded)[0, :, 0].tolist() == expected
     picture = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
     assert np.asarray(load_image(picture))[0, :, 0].tolist() == [0, 1, 255]
 

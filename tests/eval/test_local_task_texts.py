@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import datetime
 import json
 from pathlib import Path
@@ -93,8 +94,10 @@ def test_functions_that_score_get_the_text_of_cells(folder: Path) -> None:
 
 
 def test_a_cell_may_be_long(folder: Path) -> None:
+    limit = csv.field_size_limit()
     task = csv_task(folder, MIXED.format("x" * 200_000), doc_to_target="answer", **MIXED_KEYS)
     assert len(task.sample("2").target) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 # -- JSON and Parquet ---------------------------------------------------------------------------
