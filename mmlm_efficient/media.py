@@ -143,8 +143,8 @@ def load_images(
     return pictures
 
 
-# Paths are shorter; texts in the place of one are often a picture in base64.
-LONG_PATH = 255
+# Paths are shorter, or end in a file's kind; other texts are often a picture in base64.
+_LONG_PATH, _LONG_NAME = 255, 80
 
 
 def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
@@ -183,7 +183,7 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
         # Opened by number, so that FFmpeg sees no name: what is in the file counts.
         return open(os.open(path, os.O_RDONLY), "rb"), path, status.st_size
     except FileNotFoundError:
-        if len(given) > LONG_PATH:
+        if len(given) > (_LONG_PATH if Path(given).suffix else _LONG_NAME):
             raise MediaError(encoded) from None
         folder = Path(path).parent
         exists = "exists; check the spelling" if folder.is_dir() else "does not exist either"
@@ -193,7 +193,7 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
     except (OSError, ValueError) as error:  # a name too long, a null byte, a disk that fails
         if isinstance(error, MediaError):
             raise
-        if len(given) > LONG_PATH:
+        if len(given) > _LONG_PATH:
             raise MediaError(encoded) from error
         raise MediaError(f"{path!r}: cannot be read ({error}).") from error
 
@@ -258,6 +258,9 @@ def _decode(file: BinaryIO, where: str, n_bytes: int, limits: MediaLimits) -> Im
     check_size(*picture.size, where, limits)
     if isinstance(picture, JpegImageFile) and _lacks_only_its_end(data):
         picture = Image.open(io.BytesIO(data + _JPEG_END), formats=FORMATS)
+    if picture.format == "PNG" and "transparency" in picture.info:
+        # Pillow scales grey of 2 and 4 bits to 8, but not the transparent one.
+        picture.info["transparency"] *= {b"\2\0": 85, b"\4\0": 17}.get(data[24:26], 1)
     return _to_rgb(picture, where, limits)
 
 
