@@ -375,6 +375,12 @@ def _texts_in(target: Any, where: str, many: bool) -> list[str]:
         )
     targets = target if isinstance(target, list) else [target]
     if not targets or not all(isinstance(one, str) for one in targets):
+        if many:
+            raise DataError(
+                f"{where}: {target!r:.80} is a list that holds more than texts, or nothing, and "
+                "exact_match compares texts. A template's text in brackets is read as a list: "
+                'write texts into it, such as ["1", "2"], or name the column without {{}}.'
+            )
         raise DataError(
             f"{where}: {target!r:.80} is no text, and exact_match compares texts. Write the "
             'target as a template, such as "{{answer}}", or as texts in the data.'

@@ -310,7 +310,7 @@ _MOST_CELL_CHARS = 2**31 - 1
 def _csv_rows(path: Path) -> ListRows:
     """Every cell is text, as it stands there."""
     # Cells may hold whole pictures.
-    csv.field_size_limit(_MOST_CELL_CHARS)
+    limit = csv.field_size_limit(_MOST_CELL_CHARS)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     found: list[list[str]] = []
     lines: list[int] = []
@@ -333,6 +333,8 @@ def _csv_rows(path: Path) -> ListRows:
         raise DataError(
             f"{path}, line {reader.line_num}: is not CSV, or cut off ({error})."
         ) from error
+    finally:  # the limit is the whole process's
+        csv.field_size_limit(limit)
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a column name occurs twice in the header: {', '.join(names)}.")
     rows = [dict(zip(names, cells, strict=True)) for cells in found]

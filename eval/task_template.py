@@ -13,6 +13,8 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.visitor
+from jinja2 import nodes
 
 from eval.task_data import Rows, refuse_numbers, refuse_times, require_column
 from eval.task_yaml import did_you_mean
@@ -52,8 +54,38 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+_CHECKED = "(printed)"  # no name that a template could use
+# What makes a text of a value before it is printed; so does `~`.
+_TEXT_FILTERS = ("join", "string", "format", "trim", "lower", "upper", "title", "capitalize")
+
+
+class _Checks(jinja2.visitor.NodeTransformer):
+    """Sends what becomes part of a text through `_printed`."""
+
+    def _checked(self, node: nodes.Expr) -> nodes.Expr:
+        return nodes.Filter(
+            node, _CHECKED, [], [], None, None, lineno=node.lineno, environment=node.environment
+        )
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        node.nodes = [self._checked(one) for one in node.nodes]
+        return self.generic_visit(node)
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        if node.name in _TEXT_FILTERS and node.node is not None:
+            node.node = self._checked(node.node)
+            node.args = [self._checked(one) for one in node.args]
+        return self.generic_visit(node)
+
+
+class _Environment(jinja2.Environment):
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return _Checks().visit(super()._parse(source, name, filename))  # type: ignore[no-any-return]
+
+
 # Undefined names are errors.
-_JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=_printed)
+_JINJA = _Environment(undefined=jinja2.StrictUndefined, finalize=_printed)
+_JINJA.filters[_CHECKED] = _printed
 _JINJA.filters["regex_replace"] = _regex_replace
 
 

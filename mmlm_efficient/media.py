@@ -143,8 +143,8 @@ def load_images(
     return pictures
 
 
-# Paths are shorter; texts in the place of one are often a picture in base64.
-LONG_PATH = 255
+# Paths are shorter, or end in a file's kind; other texts are often a picture in base64.
+_LONG_PATH, _LONG_NAME = 255, 80
 
 
 def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
@@ -183,7 +183,7 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
         # Opened by number, so that FFmpeg sees no name: what is in the file counts.
         return open(os.open(path, os.O_RDONLY), "rb"), path, status.st_size
     except FileNotFoundError:
-        if len(given) > LONG_PATH:
+        if len(given) > (_LONG_PATH if Path(given).suffix else _LONG_NAME):
             raise MediaError(encoded) from None
         folder = Path(path).parent
         exists = "exists; check the spelling" if folder.is_dir() else "does not exist either"
@@ -193,7 +193,7 @@ def open_file(given: str, kind: str) -> tuple[BinaryIO, str, int]:
     except (OSError, ValueError) as error:  # a name too long, a null byte, a disk that fails
         if isinstance(error, MediaError):
             raise
-        if len(given) > LONG_PATH:
+        if len(given) > _LONG_PATH:
             raise MediaError(encoded) from error
         raise MediaError(f"{path!r}: cannot be read ({error}).") from error
 
@@ -258,6 +258,9 @@ def _decode(file: BinaryIO, where: str, n_bytes: int, limits: MediaLimits) -> Im
     check_size(*picture.size, where, limits)
     if isinstance(picture, JpegImageFile) and _lacks_only_its_end(data):
         picture = Image.open(io.BytesIO(data + _JPEG_END), formats=FORMATS)
+    if picture.format == "PNG" and "transparency" in picture.info:
+        # Pillow scales grey of 2 and 4 bits to 8, but not the transparent one.
+        picture.info["transparency"] *= {b"\2\0": 85, b"\4\0": 17}.get(data[24:26], 1)
     return _to_rgb(picture, where, limits)
 
 
@@ -430,10 +433,12 @@ def _from_integers(
             f"{where}: integer pixels from {low} to {high}; "
             "8-bit or 16-bit (0 to 65535) are allowed. Convert it first."
         )
-    if mode == "I" and 0 < high < 256:
+    # Also 8 bits with a few values beyond, and 10 bits.
+    if mode == "I" and 0 < high < 1024:
         raise MediaError(
             f"{where}: 32-bit integer pixels from {low} to {high} may be an 8-bit picture or a "
-            "dark 16-bit one. Convert it first, to mode 'L' or 'I;16'."
+            "dark 16-bit one. Convert it first: picture.convert('L') for 8 bits (what is above 255 "
+            "becomes 255), picture.convert('I;16') for 16."
         )
     pixels = _eight_bits(values)
     if transparent is not None:

@@ -156,6 +156,15 @@ def test_grey_and_one_bit_with_a_transparent_colour() -> None:
     assert np.asarray(load_image(encoded(bits, transparency=0)))[0, :, 0].tolist() == [255, 255]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_of_few_bits_with_a_transparent_colour(depth: int) -> None:
+    row = {1: 0b0111_0000, 2: 0b00_01_10_11, 4: 0x0123}[depth].to_bytes(1 + depth // 4, "big")
+    pieces = ((b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)), (b"tRNS", b"\0\1"))
+    loaded = np.asarray(load_image(png(*pieces, (b"IDAT", zlib.compress(b"\0" + row)))))
+    expected = {1: [0, 255, 255, 255], 2: [0, 255, 170, 255], 4: [0, 255, 34, 51]}[depth]
+    assert loaded[0, :, 0].tolist() == expected
+
+
 def test_palette_with_alpha_of_its_own() -> None:
     picture = Image.new("PA", (2, 1))
     picture.putpalette([10, 20, 30, 200, 100, 50])
@@ -163,21 +172,31 @@ def test_palette_with_alpha_of_its_own() -> None:
     assert np.asarray(load_image(picture))[0].tolist() == [[255] * 3, [200, 100, 50]]
 
 
+def png(*pieces: tuple[bytes, bytes]) -> bytes:
+    """A PNG of pieces (kind, body) and the end."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in (*pieces, (b"IEND", b""))
+    )
+
+
 def test_colours_of_sixteen_bits() -> None:
     rows = b"\0" + struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0)
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    )
+    data = png((b"IHDR", header), (b"IDAT", zlib.compress(rows)))
     assert np.asarray(load_image(data))[0].tolist() == [[0, 128, 255], [255, 1, 0]]
 
 
 @pytest.mark.parametrize("form", ["PIL", "TIFF"])
 def test_integers_that_may_be_of_8_or_16_bits(form: str) -> None:
     """They came out nearly black."""
-    picture = Image.fromarray(np.array([[0, 100, 255]], dtype=np.int32))
-    refuse(picture if form == "PIL" else encoded(picture, "TIFF"), "from 0 to 255", "mode 'L'")
+    for high in (1, 255, 256, 300, 1023):
+        picture = Image.fromarray(np.array([[0, 100, high]], dtype=np.int32))
+        words = (f"from 0 to {max(high, 100)}", "convert('L')", "convert('I;16')")
+        refuse(picture if form == "PIL" else encoded(picture, "TIFF"), *words)
+    for mode, expected in (("L", [0, 100, 255]), ("I;16", [0, 0, 4])):
+        loaded = load_image(picture.convert(mode))
+        assert np.asarray(loaded)[0, :, 0].tolist() == expected
     picture = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
     assert np.asarray(load_image(picture))[0, :, 0].tolist() == [0, 1, 255]
 
@@ -528,7 +547,7 @@ def test_error_says_which_of_several_images() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
-@pytest.mark.parametrize("side", [10, 40, 200])
+@pytest.mark.parametrize("side", [1, 10, 40, 200])
 @pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
 def test_pictures_in_base64_are_named_and_not_printed(form: str, side: int, start: str) -> None:
     file = io.BytesIO()

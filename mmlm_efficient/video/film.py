@@ -62,7 +62,9 @@ class Listing:
         times_ms: the same in milliseconds, after the start of the stream.
         keys: those of `pts` at which decoding can start.
         plain: whether every packet has a time and is shown.
-        announced: frames that the header speaks of, 0 where it has no credible number.
+        damaged: whether the format marks a packet as such.
+        announced: frames that the header speaks of, by number or by duration and rate; 0 where it
+            has no credible number.
         fps: frame rate of the header, None where it has no credible one.
         size_px: width and height of a frame whose pixels are made square.
     """
@@ -71,6 +73,7 @@ class Listing:
     times_ms: npt.NDArray[np.float64]
     keys: list[int]
     plain: bool
+    damaged: bool
     announced: int
     fps: float | None
     size_px: tuple[int, int]
@@ -172,12 +175,13 @@ class Film:
         if announced > self.n_bytes:  # a frame takes at least a byte: that is no count
             announced = 0
         self._check_length(announced)
-        pts, plain = array("q"), True
+        pts, plain, damaged = array("q"), True, False
         keys: list[int] = []
         for packet in _packets(container, stream):
             if packet is None:
                 break
             plain = plain and packet.pts is not None and not packet.is_discard
+            damaged = damaged or packet.is_corrupt
             pts.append(packet.pts or 0)
             if packet.is_keyframe and packet.pts is not None:
                 keys.append(packet.pts)
@@ -186,7 +190,12 @@ class Film:
         times_ms = (ordered - (stream.start_time or 0)).astype(np.float64) * _tick_ms(stream)
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate and 0 < rate <= _FASTEST_FPS else None
-        return Listing(ordered, times_ms, sorted(keys), plain, announced, fps, _shape(stream))
+        if not announced and plain and fps is not None and come_at_rate(times_ms, fps):
+            lasting = round(_duration_s(container, stream) * fps)
+            # The last frames' durations may be rounded.
+            announced = lasting if len(pts) + 2 < lasting <= self.n_bytes else 0
+        shape = _shape(stream)
+        return Listing(ordered, times_ms, sorted(keys), plain, damaged, announced, fps, shape)
 
     def _check_length(self, n_frames: int) -> None:
         if n_frames > self.limits.max_frames_decoded:
@@ -201,6 +210,8 @@ class Film:
         """True where frames can be decoded alone, which is less than half the work."""
         pts, context = listing.pts, stream.codec_context
         known = container.format.name in _INDEXED and context.name in _ONE_FRAME
+        if listing.damaged or len(pts) < listing.announced:  # all of it has to be looked at
+            return False
         small = len(pts) * context.width * context.height <= _DECODED_WHOLE_PX
         if small or not (known and listing.plain and listing.keys and np.all(np.diff(pts) > 0)):
             return False
@@ -305,6 +316,27 @@ class Film:
             disable=None,
             delay=_SHOW_PROGRESS_AFTER_S,
         )
+
+
+def come_at_rate(times_ms: npt.NDArray[np.float64], fps: float) -> bool:
+    """Whether frames come at a rate, but for one or two places in which some may be missing.
+
+    Example:
+        >>> come_at_rate(np.array([*range(0, 500, 33), *range(900, 1400, 33)]), 30)
+        True
+    """
+    gaps = np.diff(times_ms)
+    others = int(np.count_nonzero(np.abs(gaps - 1000 / fps) > 1.5))  # times may be whole ms
+    return len(gaps) > 0 and others <= min(2, len(gaps) // 10)
+
+
+def _duration_s(container: InputContainer, stream: VideoStream) -> float:
+    """How long the stream lasts by the header, 0 where only a longer sound may be meant."""
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    start_s = max(0.0, (stream.start_time or 0) * _tick_ms(stream) / 1000)
+    if tag is not None:  # Matroska's
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]) - start_s
+    return (container.duration or 0) / 1e6 - start_s if len(container.streams) == 1 else 0.0
 
 
 def _allocated(limits: MediaLimits) -> str:

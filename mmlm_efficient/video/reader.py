@@ -26,7 +26,7 @@ from PIL import Image
 
 from mmlm_efficient.errors import MediaError, SettingsError
 from mmlm_efficient.media import DEFAULT_LIMITS, MediaLimits, load_image, open_file, picture_format
-from mmlm_efficient.video.film import CONVERT, Differs, Film
+from mmlm_efficient.video.film import CONVERT, Differs, Film, Listing, come_at_rate
 from mmlm_efficient.video.sampling import FrameSampling, Indices
 
 Frame: TypeAlias = "Image.Image | npt.NDArray[np.generic]"
@@ -73,8 +73,14 @@ def load_video(
     What is in the file counts, not its name. Frames are as a player shows them: of the default
     stream, upright, mirrored where the file says so, with square pixels, transparency on white. In
     a video with a variable frame rate, `seconds` are the frames' true times, and sampling by rate
-    goes by them. A file that is damaged or was cut short gives what can be decoded, with a warning
-    in the log; in a long one only the way to the picked frames is decoded and seen.
+    goes by them.
+
+    A file that is damaged or was cut short gives every frame that can be decoded, with one warning
+    in the log where the damage shows: the format or the decoder marks it, or more than two frames
+    are missing of those that the header announces, by number or by duration and a constant rate.
+    Unseen are lost frames where the header announces nothing (MPEG-TS, Motion JPEG or H.264 alone,
+    Matroska without duration), damage that a decoder takes for a picture (often VP8 and VP9), and,
+    in a long film, damage away from the picked frames.
 
     Args:
         source: path of a video file, its bytes, or frames that were picked already: a list of
@@ -194,8 +200,8 @@ def _from_film(film: Film, sampling: FrameSampling) -> Video:
                 with contextlib.suppress(Differs, av.FFmpegError):
                     frames = film.seek(container, stream, listing, plan)
                     times = _timeline(listing.times_ms, listing.fps, film.where)
-                    return _video(frames, plan, *times)
-        return _from_all_frames(film, sampling, plan, max(listing.announced, n_listed), listing.fps)
+                    return _video(frames, plan, *times, film.where)
+        return _from_all_frames(film, sampling, plan, listing)
     except OSError as error:  # such as a disk or network folder that fails
         raise MediaError(f"{film.where}: cannot be read ({error}).") from error
 
@@ -211,12 +217,10 @@ def _plan(
     return sampling.indices(len(times_ms), fps or 1.0)
 
 
-def _from_all_frames(
-    film: Film, sampling: FrameSampling, plan: Indices, announced: int, header_fps: float | None
-) -> Video:
-    damaged = False
+def _from_all_frames(film: Film, sampling: FrameSampling, plan: Indices, listing: Listing) -> Video:
+    damaged, announced = listing.damaged, max(listing.announced, len(listing.pts))
     try:
-        first = film.go_through(plan, announced)
+        first = film.go_through(plan, announced, damaged)
     except Differs:
         damaged = True
         first = film.go_through(plan, announced, damaged)
@@ -236,7 +240,7 @@ def _from_all_frames(
             f"{n_frames:,}",
             f"{first.n_damaged:,}",
         )
-    seconds, fps = _timeline(first.times_ms, header_fps, film.where)
+    seconds, fps = _timeline(first.times_ms, listing.fps, film.where)
     indices = sampling.indices_of(seconds, fps)
     frames = first.frames
     if indices != plan:
@@ -244,14 +248,18 @@ def _from_all_frames(
         frames = film.go_through(indices, n_frames, damaged, stop_early=True).frames
     if len(frames) != len(indices):
         raise MediaError(f"{film.where}: changed while it was read. Wait until it is complete.")
-    for frame in frames:
-        _check_same_size([frames[0], frame], film.where)
-    return _video(frames, indices, seconds, fps)
+    return _video(frames, indices, seconds, fps, film.where)
 
 
 def _video(
-    frames: list[Image.Image], indices: Indices, seconds: npt.NDArray[np.float64], fps: float
+    frames: list[Image.Image],
+    indices: Indices,
+    seconds: npt.NDArray[np.float64],
+    fps: float,
+    where: str,
 ) -> Video:
+    for index, frame in zip(indices, frames, strict=True):
+        _check_same_size([frames[0], frame], f"{where}: frame {index}")
     return Video(
         frames,
         tuple(float(seconds[index]) for index in indices),
@@ -269,7 +277,7 @@ def _timeline(
     """Time of every frame (seconds, to the microsecond) and the average frame rate.
 
     The header's rate is kept where it explains the times to a hundredth, or to the rounding of
-    times in milliseconds; it is the exact one, such as 30000/1001.
+    times in milliseconds; it is the exact one, such as 30000/1001. Also where frames are missing.
     """
     seconds = np.round(np.array(times_ms, dtype=np.float64) / 1000, 6)
     gaps = len(seconds) - 1
@@ -277,7 +285,10 @@ def _timeline(
         return seconds, 1.0 if header_fps is None else header_fps
     span = float(seconds[-1] - seconds[0])
     if span > 0 and np.all(np.diff(seconds) >= 0):
-        if header_fps is not None and abs(gaps / header_fps - span) <= max(0.01 * span, 0.002):
+        if header_fps is not None and (
+            abs(gaps / header_fps - span) <= max(0.01 * span, 0.002)
+            or come_at_rate(seconds * 1000, header_fps)
+        ):
             return seconds, header_fps
         return seconds, gaps / span
     if header_fps is None:

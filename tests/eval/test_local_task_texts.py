@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import datetime
 import json
 from pathlib import Path
@@ -92,9 +93,20 @@ def test_functions_that_score_get_the_text_of_cells(folder: Path) -> None:
     assert [task.score(one, "")["m"] for one in task.ids] == [0.0, 1.0]
 
 
+def test_brackets_that_a_template_reads_as_a_list(folder: Path) -> None:
+    text = MIXED.replace(",1\r", ',"[3, 4]"\r').format('"[1, 2]"')
+    with pytest.raises(DataError, match=r"line 2: .*\[3, 4\] is a list .*read as a list") as caught:
+        csv_task(folder, text, doc_to_target="{{answer}}", **MIXED_KEYS)
+    assert "such as {{answer}}" not in str(caught.value)
+    task = csv_task(folder, text, doc_to_target="answer", **MIXED_KEYS)
+    assert [task.sample(one).target for one in task.ids] == ["[3, 4]", "[1, 2]"]
+
+
 def test_a_cell_may_be_long(folder: Path) -> None:
+    limit = csv.field_size_limit()
     task = csv_task(folder, MIXED.format("x" * 200_000), doc_to_target="answer", **MIXED_KEYS)
     assert len(task.sample("2").target) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 # -- JSON and Parquet ---------------------------------------------------------------------------
@@ -122,6 +134,31 @@ def test_no_value_becomes_another_text(folder: Path, answers: list[str], words: 
     (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(DataError, match=words):
         LocalTask(definition(folder, doc_to_target="{{answer}}"))
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        ('{{answer ~ "x"}}', True),
+        ('{{"x" ~ (answer ~ "y")|upper}}', None),
+        ('{{answer|join(",")}}', ["a", None]),
+        ("{{answer|string}}", True),
+        ('{{"%s"|format(answer)}}', True),
+        ("{{answer|upper|trim}}", None),
+        ('{% set one = answer ~ "x" %}{{one}}', False),
+    ],
+)
+def test_values_that_become_part_of_a_text(folder: Path, template: str, answer: Any) -> None:
+    jsonl(folder, [ROWS[0], ROWS[1] | {"answer": answer}])
+    with pytest.raises(DataError, match=r"line 2: doc_to_target: column 'answer' holds"):
+        LocalTask(definition(folder, doc_to_target=template))
+
+
+def test_texts_that_are_put_together(folder: Path) -> None:
+    jsonl(folder, [row | {"n": None, "many": ["a", "b", None]} for row in ROWS])
+    target = '{{(n or "no") ~ " " ~ many|select|join(",")|upper}}{{" %s"|format(many[0]|trim)}}'
+    task = LocalTask(definition(folder, doc_to_target=target))
+    assert task.sample("a").target == "no A,B a"
 
 
 def test_values_whose_text_is_the_files(folder: Path) -> None:

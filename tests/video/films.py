@@ -31,6 +31,12 @@ def shown(frame: Image.Image) -> int:
     return int((bits << np.arange(bits.size)).sum())
 
 
+def noisy(count: int) -> list[np.ndarray[Any, Any]]:
+    """Frames that grow brighter, of which none compresses well."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(n, n + 60, (90, 160, 3), dtype=np.uint8) for n in range(0, 2 * count, 2)]
+
+
 def film(
     form: str = "mp4",
     codec: str = "libx264",

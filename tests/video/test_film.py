@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import struct
 import threading
@@ -24,7 +23,7 @@ from mmlm_efficient.media import MediaLimits
 from mmlm_efficient.video import FrameSampling, load_video
 from mmlm_efficient.video import film as film_module
 from mmlm_efficient.video.film import Film
-from tests.video.films import HEIGHT, WIDTH, drawn, film, shown
+from tests.video.films import HEIGHT, WIDTH, drawn, film, noisy, shown
 
 EVERY = FrameSampling(frames=4096)
 B_FRAMES = {"g": "12", "bf": "3"}
@@ -43,6 +42,14 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
         True,
         {"options": B_FRAMES, "pts": [*range(30), *range(32, 92, 2)]},
     ),
+    "H.264, times that vary, in Matroska": (
+        True,
+        {"form": "matroska", "options": B_FRAMES, "pts": [*range(30), *range(32, 92, 2)]},
+    ),
+    "H.264, a pause at the start, in Matroska": (
+        True,
+        {"form": "matroska", "options": B_FRAMES, "pts": range(70, 130)},
+    ),
     "H.264 in AVI": (False, {"form": "avi", "options": B_FRAMES}),
     "H.264 in MPEG-TS": (False, {"form": "mpegts", "options": B_FRAMES}),
     "H.264 alone": (False, {"form": "h264", "options": B_FRAMES}),
@@ -54,26 +61,12 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def seeks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every try to find frames by seeking, whether it went well; small films seek too."""
-    tries: list[bool] = []
-    original = Film.seek
-
-    def counted(*args: Any) -> list[Image.Image]:
-        tries.append(False)
-        frames = original(*args)
-        tries[-1] = True
-        return frames
-
-    monkeypatch.setattr(Film, "seek", counted)
-    monkeypatch.setattr(film_module, "_DECODED_WHOLE_PX", 0)
-    return tries
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeking_finds_what_decoding_everything_finds(
-    kind: str, seeks: list[bool], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    seeks: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     by_seeking, made = KINDS[kind]
     data = film(pictures=60, **made)
@@ -90,6 +83,7 @@ def test_seeking_finds_what_decoding_everything_finds(
         assert video.frames == [everything.frames[index] for index in video.indices]
         assert video.seconds == tuple(everything.seconds[index] for index in video.indices)
     assert len(seeks) == len(samplings) * by_seeking
+    assert "announces" not in caplog.text
 
 
 def test_a_keyframe_that_is_none_is_found_out(seeks: list[bool]) -> None:
@@ -133,56 +127,6 @@ def test_frames_that_an_edit_list_cuts_out() -> None:
         video.frames[0],
         video.frames[-1],
     ]
-
-
-# Damage
-
-
-def noisy(count: int) -> list[np.ndarray[Any, Any]]:
-    """Frames that grow brighter, of which none compresses well."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(n, n + 60, (90, 160, 3), dtype=np.uint8) for n in range(0, 2 * count, 2)]
-
-
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_damage_in_the_middle(codec: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The frames behind it are read, and one warning has the numbers."""
-    data = bytearray(film("mp4", codec, noisy(80), options={"g": "20"}))
-    middle = len(data) // 2
-    data[middle : middle + 3000] = bytes(np.random.default_rng(1).integers(0, 256, 3000, np.uint8))
-    video = load_video(bytes(data), EVERY)
-    assert 76 <= video.n_frames <= 80
-    assert np.asarray(video.frames[-1]).mean() == pytest.approx(2 * 79 + 30, abs=4)
-    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "announces 80 frames" in warnings[0]
-    assert load_video(bytes(data), EVERY) == video
-
-
-def test_damage_on_the_way_to_a_picked_frame(
-    seeks: list[bool], caplog: pytest.LogCaptureFixture
-) -> None:
-    options = {"x264-params": "keyint=20:scenecut=0:bframes=0"}
-    data = bytearray(film(pictures=noisy(80), options=options))
-    middle = len(data) * 6 // 10
-    data[middle : middle + 3000] = bytes(np.random.default_rng(1).integers(0, 256, 3000, np.uint8))
-    video = load_video(bytes(data), FrameSampling(mode="fps", base_fps=0.34, max_fps=None))
-    assert seeks == [False]
-    assert video.n_frames <= 80
-    assert "announces 80 frames" in caplog.text
-
-
-def test_an_mp4_cut_short_behind_its_index(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "index_first.mp4"
-    film("mp4", "mpeg4", file=str(file), container_options={"movflags": "faststart"})
-    data = file.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")
-    video = load_video(data[: len(data) * 3 // 4], EVERY)
-    assert [shown(frame) for frame in video.frames[:-1]] == list(range(video.n_frames - 1))
-    assert 10 < video.n_frames < 50
-    assert f"announces 50 frames, but {video.n_frames} can be decoded" in caplog.text
 
 
 # What a player shows
@@ -323,6 +267,12 @@ def test_motion_jpeg_without_a_container() -> None:
 
 
 # What is refused
+
+
+def test_frames_of_several_sizes() -> None:
+    smaller = film("h264", pictures=[drawn(number)[:32] for number in range(4)])
+    with pytest.raises(MediaError, match=r"bytes: frame 3 has 128 x 32 pixels, the first .* x 48"):
+        load_video(film("h264", pictures=3) + smaller, EVERY)
 
 
 def music(form: str, codec: str) -> bytes:

@@ -387,11 +387,16 @@ def test_missing_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["https://host/a.mp4", "HTTP://host/a", "rtsp://camera/1", "file:///a.mp4", "data:video/mp4,"],
+    ["https://host/a.mp4", "HTTP://host/a", "rtsp://camera/1", "file:///a.mp4"],
 )
 def test_addresses_are_not_fetched(address: str) -> None:
     with pytest.raises(MediaError, match="addresses are not fetched"):
         load_video(address)
+
+
+def test_a_film_in_base64_is_named() -> None:
+    with pytest.raises(MediaError, match=r"is no path of a video. One in base64 .*decoded first"):
+        load_video("data:video/mp4,")
 
 
 def test_no_permission(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
