@@ -2,8 +2,8 @@
 
 State belongs to a request, never to a module of the model: hooks stay registered for the life of a
 station and ask here for the request of their own thread. So concurrent requests on one model never
-see each other. One wrapper of a model adds and removes no hook while threads run the model; making
-or closing further wrappers of the same model does, and must not happen meanwhile.
+see each other. One wrapper of a model adds and removes no hook while threads run the model; making,
+closing or dropping further wrappers of the same model does, and must not happen meanwhile.
 """
 
 from __future__ import annotations
