@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -146,8 +147,9 @@ def test_a_wrapper_that_cannot_generate_is_refused() -> None:
         UnsupportedError, match=r"DataParallel: has no generate\(\). Give the Llava"
     ):
         EfficientLMM(nn.DataParallel(tiny.tiny_llava()), tiny_processor())
-    with pytest.raises(UnsupportedError, match="object: is no module of torch"):
-        EfficientLMM(object(), tiny_processor())
+    proxy = SimpleNamespace(config=tiny.tiny_llava().config)
+    with pytest.raises(UnsupportedError, match="SimpleNamespace: is no module of torch"):
+        EfficientLMM(proxy, tiny_processor())
     with pytest.raises(UnsupportedError, match="belongs to no supported model family"):
         EfficientLMM(nn.Linear(1, 1), tiny_processor())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from mmlm_efficient.errors import UnsupportedError
 from mmlm_efficient.families.base import DecoderParts, Family, TowerParts
 from mmlm_efficient.families.llava import Llava
@@ -52,4 +54,9 @@ def family_of(model: Any) -> Family:
         UnsupportedError: as :func:`family_class` and `model_inside`.
     """
     inside = model_inside(model)
-    return family_class(getattr(inside, "config", None), type(inside).__name__)(inside)
+    family = family_class(getattr(inside, "config", None), type(inside).__name__)
+    if not isinstance(inside, nn.Module):
+        raise UnsupportedError(
+            f"{type(inside).__name__}: is no module of torch. Give the model itself."
+        )
+    return family(inside)

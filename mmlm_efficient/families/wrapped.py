@@ -22,11 +22,8 @@ def model_inside(model: Any) -> Any:
     Raises:
         UnsupportedError: there is none inside, or the wrapper cannot stand in for it.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedError(
-            f"{type(model).__name__}: is no module of torch. Give the model of transformers itself."
-        )
-    inside = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    inside = next((one for one in parts if isinstance(one, PreTrainedModel)), model)
     if inside is model:
         return model
     kind = type(model).__name__
